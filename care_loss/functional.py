@@ -1,0 +1,270 @@
+"""The losses as formulas: pure functions of embeddings `(*, N, D)`.
+
+Rows are embeddings, and every function normalises them. Leading dimensions are free: each index of
+them is one batch, and `reduction="mean"` averages over them too. Half types are computed in
+float32 and give a float32 loss; float64 is kept. Nothing here waits for a GPU.
+
+Autocast is switched off around the products. A backward that runs under autocast all the same
+(inside its context, or compiled there) rounds the gradient of InfoNCE to 16 bits like all others;
+the equivariance loss, which could not bear that, is computed in float64.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from care_loss import _checks, _chunks
+from care_loss.sphere import normalize
+
+Reduction = Literal["mean", "none"]
+Scale = Literal["mean", "authors"]
+
+
+def info_nce_loss(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    negatives: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Contrast the two views of each sample with all other rows (InfoNCE, or NT-Xent).
+
+    With the :math:`2N` unit rows :math:`z` of both views, :math:`s_{ij} = z_i^\top z_j / \tau` and
+    :math:`p(i)` the other view of row :math:`i`:
+
+    .. math::
+        \ell_i = -\log \frac{e^{s_{i p(i)}}}{\sum_{j \ne i} e^{s_{ij}}}
+               = \mathrm{softplus}\Bigl(\log \sum_{j \ne i, p(i)} e^{s_{ij}} - s_{i p(i)}\Bigr)
+
+    The second form is the one computed. It keeps the positive out of the sum, so nothing cancels
+    where the positives are near and the temperature is low.
+
+    With `negatives` (the queue of MoCo) the anchors are the rows of `z1`, their positives the rows
+    of `z2`, and the only negatives are the rows of the queue.
+
+    Args:
+        z1: Embeddings of the first view, `(*, N, D)`; `N >= 2`, or `N >= 1` beside a queue.
+        z2: Embeddings of the second view, `(*, N, D)`.
+        temperature: :math:`\tau > 0`, a number or a tensor `()`, which then gets a gradient.
+        negatives: A queue of other embeddings in any floating point dtype, `(K, D)`.
+        reduction: `"mean"` for a scalar, `"none"` for a value an anchor.
+
+    Returns:
+        The loss, >= 0: `()`; with `"none"` `(*, 2, N)`, row 0 the anchors of `z1`, or `(*, N)`
+        beside a queue. It is :math:`\log(2N - 1)` where all rows coincide.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+
+    Example:
+        >>> z = torch.eye(4)
+        >>> info_nce_loss(z, z, temperature=0.5)  # log(1 + 6 exp(-2))
+        tensor(0.5944)
+
+    References:
+        Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020,
+        equation 1. He et al., Momentum Contrast for Unsupervised Visual Representation Learning,
+        2020, equation 1.
+    """
+    _checks.embeddings(at_least=2 if negatives is None else 1, z1=z1, z2=z2)
+    _checks.temperature(temperature)
+    _checks.reduction(reduction)
+    anchors, positives = _unit_rows(z1), _unit_rows(z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        positive = (anchors * positives).sum(-1) / temperature
+        if negatives is None:
+            n = z1.shape[-2]
+            z = torch.cat((anchors, positives), -2)
+            self_or_positive = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
+            logits = ((z / temperature) @ z.mT).masked_fill(self_or_positive, -torch.inf)
+            negative = logits.logsumexp(-1).unflatten(-1, (2, n))
+            positive = positive.unsqueeze(-2)
+        else:
+            _checks.queue(negatives, z1)
+            queue = _unit_rows(negatives).to(anchors.dtype)
+            negative = ((anchors / temperature) @ queue.mT).logsumexp(-1)
+        # Not F.softplus: it drops e^-20 = 2e-9 beyond its threshold, a relative 1e-10.
+        loss = -F.logsigmoid(positive - negative)
+    return loss.mean() if reduction == "mean" else loss
+
+
+def equivariance_loss(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    chunks: int | Tensor = 1,
+    scale: Scale = "mean",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Compare the Gram matrices of two views whose augmentation is shared by each chunk.
+
+    For a chunk of :math:`n` unit rows :math:`u` and :math:`v` of the two views:
+
+    .. math::
+        \frac{1}{n(n-1)} \sum_{i \ne j} \bigl( u_i^\top u_j - v_i^\top v_j \bigr)^2
+
+    It is 0 exactly when one orthogonal map takes every :math:`u_i` of the chunk to :math:`v_i`. A
+    Gram matrix sees no reflections, so the map may be one. The loss is the mean over chunks: long
+    and short chunks weigh the same.
+
+    Args:
+        z1: Embeddings of the first view, `(*, N, D)` with `N >= 2`.
+        z2: Embeddings of the second view, `(*, N, D)`.
+        chunks: How many contiguous chunks to cut the rows into, with the boundaries of
+            `torch.tensor_split`; a batch too small for them gets `N // 2`. Or integer ids `(N,)`:
+            rows with one id form a chunk, and a row alone with its id counts nothing (the loss is 0
+            where all are alone).
+        scale: `"mean"` over the pairs, or `"authors"`, the published code's
+            :math:`\frac{2}{n} \sum_{i \ne j}`, which is :math:`2(n-1)` times as much.
+        reduction: `"mean"` for a scalar, `"none"` for a value a chunk (not with ids).
+
+    Returns:
+        The loss, in [0, 4] for `scale="mean"` and [0, 8(n - 1)] for `"authors"`: `()`, or with
+        `"none"` `(*, chunks)`, `chunks` being at most `N // 2`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> turned = z @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        >>> equivariance_loss(z, turned)
+        tensor(0.)
+        >>> equivariance_loss(z, torch.ones(3, 2))  # (1 + 2 (1 - cos 45°)²) / 3
+        tensor(0.3905)
+
+    References:
+        Gupta et al., Structuring Representation Geometry with Rotationally Equivariant Contrastive
+        Learning, ICLR 2024, equation 3 and appendix E.
+    """
+    _checks.embeddings(z1=z1, z2=z2)
+    _checks.chunks(chunks, z1.shape[-2], z1.device)
+    _checks.scale(scale)
+    _checks.reduction(reduction, chunks)
+    # Near its minimum the gap is a small difference of numbers near 1, and float32 products may be
+    # rounded further without our asking: to TF32 on CUDA, to 16 bits in a backward under autocast.
+    # Apple's GPUs have no float64.
+    exact = torch.float32 if z1.device.type == "mps" else torch.float64
+    u, v = _unit_rows(z1.to(exact)), _unit_rows(z2.to(exact))
+    if isinstance(chunks, Tensor):
+        loss = _gap_by_id(u, v, chunks, scale)
+    else:
+        stacks = zip(_chunks.split(u, chunks), _chunks.split(v, chunks), strict=True)
+        loss = torch.cat([_gap_of_chunks(p, q, scale) for p, q in stacks], -1)
+    loss = loss.to(_computed_in(z1))
+    return loss.mean() if reduction == "mean" else loss
+
+
+def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
+    r"""Measure how evenly embeddings spread over the sphere; lower is more even.
+
+    .. math:: \log \frac{1}{N(N-1)} \sum_{i \ne j} e^{-t \lVert z_i - z_j \rVert^2}
+
+    At `t=0.5` it is :math:`L_{unif} - 1` of the CARE paper. Together with :func:`equivariance_loss`
+    it makes the paper's objective without an invariance term.
+
+    Args:
+        z: Embeddings, `(*, N, D)` with `N >= 2`.
+        t: The scale of the Gaussian kernel, > 0.
+
+    Returns:
+        The loss, in [-4t, 0], the mean over leading dimensions: `()`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+
+    Example:
+        >>> uniformity_loss(torch.eye(3))  # all at squared distance 2
+        tensor(-4.)
+
+    References:
+        Wang and Isola, Understanding Contrastive Representation Learning through Alignment and
+        Uniformity on the Hypersphere, ICML 2020, section 4.1.
+    """
+    _checks.embeddings(z=z)
+    _checks.number("t", t, zero=False)
+    z = _unit_rows(z)
+    n = z.shape[-2]
+    with torch.autocast(z.device.type, enabled=False):
+        squared_norm = z.square().sum(-1, keepdim=True)  # 1, or 0 for a zero row
+        squared_distance = squared_norm + squared_norm.mT - 2 * z @ z.mT
+        diagonal = torch.eye(n, dtype=torch.bool, device=z.device)
+        exponents = (-t * squared_distance).masked_fill(diagonal, -torch.inf)
+        return (exponents.logsumexp((-2, -1)) - math.log(n * (n - 1))).mean()
+
+
+def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
+    r"""Measure how far apart the two views of each sample are.
+
+    .. math:: \frac{1}{N} \sum_i \lVert z_{1,i} - z_{2,i} \rVert^\alpha
+
+    At `alpha=1` it is :math:`L_{inv}` of the CARE paper, as printed there. Where two rows coincide
+    the gradient is 0, for every `alpha`.
+
+    Args:
+        z1: Embeddings of the first view, `(*, N, D)`.
+        z2: Embeddings of the second view, `(*, N, D)`.
+        alpha: The power of the distance, > 0.
+
+    Returns:
+        The loss, in [0, 2**alpha], the mean over leading dimensions: `()`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+
+    Example:
+        >>> alignment_loss(torch.eye(3), torch.eye(3).roll(1, 0))
+        tensor(2.)
+
+    References:
+        Wang and Isola, 2020, section 4.1, as for :func:`uniformity_loss`.
+    """
+    _checks.embeddings(at_least=1, z1=z1, z2=z2)
+    _checks.number("alpha", alpha, zero=False)
+    distance = (_unit_rows(z1) - _unit_rows(z2)).square().sum(-1)
+    if alpha != 2:
+        # A power other than 1 of the squared distance has no usable derivative at 0: rows that
+        # coincide go around it.
+        coincide = distance == 0
+        distance = distance.masked_fill(coincide, 1).pow(alpha / 2).masked_fill(coincide, 0)
+    return distance.mean()
+
+
+def _computed_in(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def _unit_rows(z: Tensor) -> Tensor:
+    return normalize(z.to(_computed_in(z)))
+
+
+def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:
+    """Return the loss of each chunk, `(*, k, n, D)` -> `(*, k)`."""
+    return _squared_gap(u, v).sum((-2, -1)) * _pair_weight(u.shape[-2], scale)
+
+
+def _gap_by_id(u: Tensor, v: Tensor, ids: Tensor, scale: Scale) -> Tensor:
+    """Return the mean loss of the chunks that `ids` `(N,)` name, `(*, N, D)` -> `(*)`."""
+    gap = _squared_gap(u, v)
+    together = ids.unsqueeze(-1) == ids
+    n = together.sum(-1, dtype=gap.dtype)  # for each row, the size of its chunk
+    # The clamps keep rows without a partner finite; no pair carries their weight.
+    weight = together * _pair_weight(n.clamp_min(2), scale)
+    chunks = ((n > 1) / n).sum().clamp_min(1)
+    return (gap * weight).sum((-2, -1)) / chunks
+
+
+def _squared_gap(u: Tensor, v: Tensor) -> Tensor:
+    """Square the differences of Gram matrices above the diagonal, `(*, n, D)` -> `(*, n, n)`."""
+    with torch.autocast(u.device.type, enabled=False):
+        return (u @ u.mT - v @ v.mT).triu(1).square()
+
+
+def _pair_weight(n: int | Tensor, scale: Scale) -> float | Tensor:
+    """Return what a pair i < j counts in a chunk of `n` rows."""
+    mean = 2 / (n * (n - 1))
+    return mean if scale == "mean" else 2 * (n - 1) * mean

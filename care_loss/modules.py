@@ -1,0 +1,238 @@
+"""The losses as modules: functions with their arguments remembered.
+
+None of them has parameters or buffers, so `state_dict()` is empty and old checkpoints load. Every
+constructor takes plain numbers, strings and booleans, as configuration files have them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from care_loss import _checks
+from care_loss.distributed import all_gather
+from care_loss.functional import Reduction, Scale, equivariance_loss, info_nce_loss
+
+
+class InfoNCELoss(nn.Module):
+    """Contrast two views: :func:`care_loss.functional.info_nce_loss` with its arguments remembered.
+
+    Args:
+        temperature: The temperature, > 0. For a learned one call the function.
+        reduction: `"mean"`, or `"none"` for a value an anchor.
+        gather_distributed: Contrast with the rows of all processes, not only this one's. Each
+            process then returns the loss of the global batch, and the gradients that DDP averages
+            are those of one process with all rows. Every process must hold equally many rows.
+
+    Example:
+        >>> import torch
+        >>> loss = InfoNCELoss(temperature=0.2)
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        reduction: Reduction = "mean",
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        _checks.number("temperature", temperature, zero=False)
+        _checks.reduction(reduction)
+        self.temperature = temperature
+        self.reduction: Reduction = reduction
+        self.gather_distributed = gather_distributed
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """Return the loss of two views `(N, D)`: `()`, or `(2, N)` with `reduction="none"`."""
+        return _info_nce(z1, z2, self.temperature, self.reduction, self.gather_distributed)
+
+    def extra_repr(self) -> str:
+        return _arguments(self, "temperature", "reduction", "gather_distributed")
+
+
+class EquivarianceLoss(nn.Module):
+    """Compare Gram matrices: :func:`care_loss.functional.equivariance_loss`, arguments remembered.
+
+    Args:
+        chunks: How many contiguous chunks to cut a batch into, >= 1; small batches get `N // 2`.
+        scale: `"mean"` over pairs, in [0, 4], or `"authors"`, :math:`2(n-1)` times that.
+        reduction: `"mean"`, or `"none"` for a value a chunk.
+
+    Example:
+        >>> import torch
+        >>> loss = EquivarianceLoss(chunks=4)
+        >>> z = torch.randn(32, 16)
+        >>> round(loss(z, z.flip(-1)).item(), 6)  # a permutation of the axes is orthogonal
+        0.0
+    """
+
+    def __init__(
+        self, chunks: int, *, scale: Scale = "mean", reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__()
+        _checks.chunk_count(chunks)
+        _checks.scale(scale)
+        _checks.reduction(reduction)
+        self.chunks = chunks
+        self.scale: Scale = scale
+        self.reduction: Reduction = reduction
+
+    def forward(self, z1: Tensor, z2: Tensor, *, chunks: int | Tensor | None = None) -> Tensor:
+        """Return the loss of two chunk-shared views `(N, D)`.
+
+        `chunks`, an int or ids `(N,)`, replaces the constructor's for this batch.
+        """
+        return equivariance_loss(
+            z1,
+            z2,
+            chunks=self.chunks if chunks is None else chunks,
+            scale=self.scale,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return _arguments(self, "chunks", "scale", "reduction")
+
+
+class CARELossComponents(NamedTuple):
+    """The parts of the CARE loss, each `()`: `loss = base + equivariance_weight * equivariance`."""
+
+    loss: Tensor
+    base: Tensor
+    equivariance: Tensor
+
+
+class CAREloss(nn.Module):
+    r"""Train augmentations to rotate embeddings: InfoNCE plus a weighted equivariance loss.
+
+    .. math:: L_{CARE} = L_{InfoNCE}(z_1, z_2) + \lambda L_{equi}(e_1, e_2)
+
+    The ordinary views :math:`z_1, z_2` are augmented sample by sample, as in SimCLR. The
+    equivariant views :math:`e_1, e_2` are chunk-shared: one augmentation serves all samples of a
+    chunk (:mod:`care_loss.views` makes such views).
+
+    Args:
+        temperature: The temperature of InfoNCE, > 0. Not used by a `base_loss`.
+        equivariance_weight: :math:`\lambda \ge 0`.
+        chunks: How many contiguous chunks to cut a batch into, >= 1; small batches get `N // 2`.
+        shared_views: Whether `z1` and `z2` are chunk-shared themselves and may serve both terms,
+            two forwards a step in place of four.
+        scale: The scale of the equivariance loss, `"mean"` over pairs or `"authors"`,
+            :math:`2(n-1)` times that. :data:`care_loss.RECIPES` has the published weights.
+        base_loss: A callable `(z1, z2) -> scalar` in place of InfoNCE, given the rows as they come:
+            the loss of another library, MoCo, Barlow Twins.
+        gather_distributed: As in :class:`InfoNCELoss`. The equivariance loss needs no gathering: a
+            chunk stays on its process.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described, here or in a call.
+
+    Example:
+        >>> import torch
+        >>> loss = CAREloss(chunks=4)
+        >>> z1, z2, e1, e2 = torch.randn(4, 32, 16)
+        >>> parts = loss.forward_components(z1, z2, e1, e2)
+        >>> torch.equal(parts.loss, parts.base + 0.3 * parts.equivariance)
+        True
+
+    References:
+        Gupta et al., Structuring Representation Geometry with Rotationally Equivariant Contrastive
+        Learning, ICLR 2024, section 3.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        equivariance_weight: float = 0.3,
+        *,
+        chunks: int,
+        shared_views: bool = False,
+        scale: Scale = "mean",
+        base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        _checks.number("temperature", temperature, zero=False)
+        _checks.number("equivariance_weight", equivariance_weight, zero=True)
+        _checks.chunk_count(chunks)
+        _checks.scale(scale)
+        _checks.base_loss(base_loss, gather_distributed)
+        self.temperature = temperature
+        self.equivariance_weight = equivariance_weight
+        self.chunks = chunks
+        self.shared_views = shared_views
+        self.scale: Scale = scale
+        self.base_loss = base_loss
+        self.gather_distributed = gather_distributed
+
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        equivariant1: Tensor | None = None,
+        equivariant2: Tensor | None = None,
+        *,
+        chunks: int | Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss `()`, the first of :meth:`forward_components`."""
+        return self.forward_components(z1, z2, equivariant1, equivariant2, chunks=chunks).loss
+
+    def forward_components(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        equivariant1: Tensor | None = None,
+        equivariant2: Tensor | None = None,
+        *,
+        chunks: int | Tensor | None = None,
+    ) -> CARELossComponents:
+        """Return the loss and its two parts, all with gradient.
+
+        Args:
+            z1: Embeddings of the first ordinary view, `(N, D)`.
+            z2: Embeddings of the second ordinary view, `(N, D)`.
+            equivariant1: Embeddings of the first chunk-shared view, `(N', D')`; other sizes than
+                `(N, D)` are fine. Left out, with `equivariant2`, where `shared_views=True`.
+            equivariant2: Embeddings of the second chunk-shared view, `(N', D')`.
+            chunks: An int, or the ids `(N',)` that the views carry, in place of the constructor's
+                `chunks` for this batch.
+        """
+        _checks.equivariant_pair(equivariant1, equivariant2, self.shared_views)
+        if equivariant1 is None or equivariant2 is None:
+            equivariant1, equivariant2 = z1, z2
+        if self.base_loss is None:
+            base = _info_nce(z1, z2, self.temperature, "mean", self.gather_distributed)
+        else:
+            base = self.base_loss(z1, z2)
+            _checks.scalar(base)
+        equivariance = equivariance_loss(
+            equivariant1,
+            equivariant2,
+            chunks=self.chunks if chunks is None else chunks,
+            scale=self.scale,
+        )
+        return CARELossComponents(
+            base + self.equivariance_weight * equivariance, base, equivariance
+        )
+
+    def extra_repr(self) -> str:
+        names = ["temperature", "equivariance_weight", "chunks", "shared_views", "scale"]
+        if not isinstance(self.base_loss, nn.Module):  # a module is printed as a child
+            names.append("base_loss")
+        return _arguments(self, *names, "gather_distributed")
+
+
+def _info_nce(
+    z1: Tensor, z2: Tensor, temperature: float, reduction: Reduction, gather_distributed: bool
+) -> Tensor:
+    if gather_distributed:
+        _checks.embeddings(z1=z1, z2=z2)  # before other processes wait for rows that cannot come
+        z1, z2 = all_gather(z1), all_gather(z2)
+    return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
+
+
+def _arguments(module: nn.Module, *names: str) -> str:
+    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)

@@ -1,0 +1,88 @@
+"""The paper and the authors' arithmetic in float64 NumPy: slow, obvious, one loop a sum.
+
+Equation numbers are those of Gupta et al., ICLR 2024 (arXiv 2306.13924), where it numbers them.
+"""
+
+import numpy as np
+
+
+def unit(z):
+    z = np.asarray(z, dtype=np.float64)
+    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def info_nce(z1, z2, temperature):
+    """InfoNCE over the 2N rows of two views, a value an anchor, (2, N).
+
+    The authors' -log(pos / (pos + sum of neg)), as log(1 + sum of neg / pos).
+    """
+    z = np.concatenate([unit(z1), unit(z2)])
+    n = len(z1)
+    loss = np.empty(2 * n)
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        ratio = 0.0
+        for j in range(2 * n):
+            if j not in (i, partner):
+                ratio += np.exp((z[i] @ z[j] - z[i] @ z[partner]) / temperature)
+        loss[i] = np.log1p(ratio)
+    return loss.reshape(2, n)
+
+
+def info_nce_with_queue(z1, z2, queue, temperature):
+    """InfoNCE of MoCo (He et al., 2020, equation 1), a value an anchor, (N,)."""
+    anchors, positives, queue = unit(z1), unit(z2), unit(queue)
+    loss = np.empty(len(anchors))
+    for i, (anchor, positive) in enumerate(zip(anchors, positives, strict=True)):
+        ratio = sum(np.exp((anchor @ other - anchor @ positive) / temperature) for other in queue)
+        loss[i] = np.log1p(ratio)
+    return loss
+
+
+def equivariance_of_chunk(u, v):
+    """Equation 3 for one chunk: the mean over i != j of squared differences of inner products."""
+    n = len(u)
+    total = 0.0
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                total += (u[i] @ u[j] - v[i] @ v[j]) ** 2
+    return total / (n * (n - 1))
+
+
+def authors_equivariance_of_chunk(u, v):
+    """The published code: twice the mean over i of || row i of the gap without column i ||^2."""
+    gap = u @ u.T - v @ v.T
+    rows = [np.delete(gap[i], i) for i in range(len(u))]
+    return 2 * np.mean([np.linalg.norm(row) ** 2 for row in rows])
+
+
+OF_CHUNK = {"mean": equivariance_of_chunk, "authors": authors_equivariance_of_chunk}
+
+
+def equivariance(z1, z2, chunks, scale="mean"):
+    """A value a chunk, cut as numpy.array_split (and torch.tensor_split) cut."""
+    u, v = unit(z1), unit(z2)
+    count = min(chunks, len(u) // 2)
+    pairs = zip(np.array_split(u, count), np.array_split(v, count), strict=True)
+    return np.array([OF_CHUNK[scale](*pair) for pair in pairs])
+
+
+def equivariance_by_id(z1, z2, ids, scale="mean"):
+    """The mean over the ids that two rows or more have."""
+    u, v, ids = unit(z1), unit(z2), np.asarray(ids)
+    members = [ids == chunk for chunk in np.unique(ids)]
+    return np.mean([OF_CHUNK[scale](u[m], v[m]) for m in members if m.sum() > 1])
+
+
+def uniformity(z, t):
+    """Wang and Isola (2020), section 4.1, without the pairs i = j."""
+    z = unit(z)
+    n = len(z)
+    pairs = [np.exp(-t * np.sum((z[i] - z[j]) ** 2)) for i in range(n) for j in range(n) if i != j]
+    return np.log(np.mean(pairs))
+
+
+def alignment(z1, z2, alpha):
+    """Wang and Isola (2020), section 4.1."""
+    return np.mean(np.linalg.norm(unit(z1) - unit(z2), axis=-1) ** alpha)

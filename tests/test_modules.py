@@ -1,0 +1,211 @@
+"""The modules are the functions, with their arguments remembered."""
+
+import copy
+import inspect
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
+from care_loss.functional import alignment_loss, equivariance_loss, info_nce_loss
+
+MODULES = [
+    InfoNCELoss(0.07, reduction="none"),
+    EquivarianceLoss(7, scale="authors", reduction="none"),
+    CAREloss(0.07, 1.5, chunks=7, shared_views=True, scale="authors"),
+    CAREloss(chunks=2, shared_views=True, base_loss=alignment_loss),
+]
+every_module = pytest.mark.parametrize("module", MODULES, ids=lambda m: type(m).__name__)
+
+
+@pytest.fixture
+def views(device, dtype):
+    return torch.randn(4, 12, 5, device=device).to(dtype)
+
+
+def defaults(callable_):
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(callable_).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (InfoNCELoss, info_nce_loss),
+        (EquivarianceLoss, equivariance_loss),
+        (CAREloss, info_nce_loss),
+        (CAREloss, equivariance_loss),
+    ],
+)
+def test_defaults_are_those_of_the_functions(module, function):
+    remembered, computed = defaults(module), defaults(function)
+    shared = remembered.keys() & computed.keys()
+    assert shared
+    assert {name: remembered[name] for name in shared} == {name: computed[name] for name in shared}
+
+
+def test_signatures_are_the_published_ones():
+    def words(callable_):
+        kinds = inspect.Parameter
+        return " ".join(
+            name + (":" if parameter.kind is kinds.KEYWORD_ONLY else "")
+            for name, parameter in inspect.signature(callable_).parameters.items()
+        )
+
+    assert words(CAREloss) == (
+        "temperature equivariance_weight "
+        "chunks: shared_views: scale: base_loss: gather_distributed:"
+    )
+    assert defaults(CAREloss) == {
+        "temperature": 0.5,
+        "equivariance_weight": 0.3,
+        "shared_views": False,
+        "scale": "mean",
+        "base_loss": None,
+        "gather_distributed": False,
+    }
+    assert words(CAREloss.forward) == "self z1 z2 equivariant1 equivariant2 chunks:"
+    assert words(CAREloss.forward_components) == words(CAREloss.forward)
+    assert CAREloss(chunks=2, shared_views=True).forward_components(
+        *torch.eye(4).expand(2, 4, 4)
+    )._fields == ("loss", "base", "equivariance")
+    assert words(InfoNCELoss) == "temperature reduction: gather_distributed:"
+    assert words(EquivarianceLoss) == "chunks scale: reduction:"
+    assert words(EquivarianceLoss.forward) == "self z1 z2 chunks:"
+    assert words(info_nce_loss) == "z1 z2 temperature: negatives: reduction:"
+    assert words(equivariance_loss) == "z1 z2 chunks: scale: reduction:"
+
+
+def test_info_nce_is_the_function(views):
+    expected = info_nce_loss(views[0], views[1], temperature=0.07, reduction="none")
+    assert torch.equal(InfoNCELoss(0.07, reduction="none")(views[0], views[1]), expected)
+
+
+def test_equivariance_is_the_function_with_the_chunks_of_the_batch(views, device):
+    loss = EquivarianceLoss(3, scale="authors")
+    for chunks in (None, 5, torch.arange(12, device=device) // 4):
+        expected = equivariance_loss(
+            views[0], views[1], chunks=3 if chunks is None else chunks, scale="authors"
+        )
+        assert torch.equal(loss(views[0], views[1], chunks=chunks), expected)
+
+
+def test_care_is_base_plus_weighted_equivariance(views, device):
+    module = CAREloss(0.2, 2.5, chunks=3, scale="authors")
+    for chunks in (None, 5, torch.arange(12, device=device) // 4):
+        parts = module.forward_components(*views, chunks=chunks)
+        base = info_nce_loss(views[0], views[1], temperature=0.2)
+        equivariance = equivariance_loss(
+            views[2], views[3], chunks=3 if chunks is None else chunks, scale="authors"
+        )
+        assert torch.equal(parts.base, base)
+        assert torch.equal(parts.equivariance, equivariance)
+        assert torch.equal(parts.loss, base + 2.5 * equivariance)
+        assert torch.equal(module(*views, chunks=chunks), parts.loss)
+
+
+def test_two_shared_views_serve_both_terms(views):
+    z1, z2 = views[:2]
+    shared = CAREloss(chunks=3, shared_views=True)
+    assert torch.equal(shared(z1, z2), CAREloss(chunks=3)(z1, z2, z1, z2))
+    assert torch.equal(shared(*views), CAREloss(chunks=3)(*views))  # four are welcome too
+
+
+def test_the_equivariant_pair_may_have_another_size(views, device):
+    e1, e2 = torch.randn(2, 31, 9, device=device)
+    parts = CAREloss(chunks=4).forward_components(views[0], views[1], e1, e2)
+    assert torch.equal(parts.base, info_nce_loss(views[0], views[1]))
+    assert torch.equal(parts.equivariance, equivariance_loss(e1, e2, chunks=4))
+
+
+def test_a_base_loss_gets_the_raw_rows_in_place_of_info_nce(views):
+    def base(z1, z2):
+        assert z1 is z[0]
+        assert z2 is z[1]
+        return (z1 * z2).float().sum()
+
+    z = [view.clone() for view in views]
+    module = CAREloss(chunks=4, base_loss=base)
+    assert torch.equal(module.forward_components(*z).base, (z[0] * z[1]).float().sum())
+
+
+def test_a_base_loss_with_parameters_is_trained_and_saved(views):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, z1, z2):
+            return self.factor * alignment_loss(z1, z2)
+
+    module = CAREloss(chunks=4, base_loss=Scaled()).to(views.device)
+    module(*views).backward()
+    assert module.base_loss.factor.grad != 0
+    assert list(module.state_dict()) == ["base_loss.factor"]
+
+
+def test_both_parts_carry_gradient(views):
+    z = views.float().requires_grad_()
+    CAREloss(chunks=4)(*z).backward()
+    assert (z.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+@every_module
+def test_modules_have_no_state_and_load_old_checkpoints(module):
+    assert not list(module.parameters())
+    assert not list(module.buffers())
+    assert module.state_dict() == {}
+    module.load_state_dict({}, strict=True)
+
+
+@every_module
+def test_modules_survive_copying_and_pickling(module, views):
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(views[0], views[1]), module(views[0], views[1]))
+        assert repr(twin) == repr(module)
+
+
+@every_module
+def test_the_repr_names_every_argument_and_builds_the_module_again(module):
+    text = repr(module)
+    for name in inspect.signature(type(module)).parameters:
+        assert f"{name}=" in text
+    if getattr(module, "base_loss", None) is None:
+        again = eval(text, {type(module).__name__: type(module)})
+        assert repr(again) == text
+        assert {k: v for k, v in vars(again).items() if not k.startswith("_")} == {
+            k: v for k, v in vars(module).items() if not k.startswith("_")
+        }
+
+
+def test_a_base_loss_that_is_a_module_is_printed_as_a_child():
+    assert "(base_loss): InfoNCELoss(" in repr(CAREloss(chunks=2, base_loss=InfoNCELoss()))
+
+
+@pytest.mark.parametrize("module", [InfoNCELoss, EquivarianceLoss, CAREloss])
+def test_plain_values_from_a_configuration_file_are_enough(module, views):
+    options = {"temperature": 0.2, "chunks": 4, "scale": "authors", "shared_views": True}
+    known = inspect.signature(module).parameters
+    config = json.loads(json.dumps({k: v for k, v in options.items() if k in known}))
+    assert module(**config)(views[0], views[1]).isfinite()
+
+
+def test_changed_attributes_are_used_from_then_on(views):
+    module = CAREloss(chunks=4, shared_views=True)
+    module.temperature, module.equivariance_weight, module.chunks = 0.1, 2.0, 2
+    expected = CAREloss(0.1, 2.0, chunks=2, shared_views=True)
+    assert torch.equal(module(views[0], views[1]), expected(views[0], views[1]))
+
+
+def test_gathering_without_other_processes_changes_nothing(views):
+    z1, z2 = views[:2]
+    gathering = InfoNCELoss(gather_distributed=True)
+    assert torch.equal(gathering(z1, z2), InfoNCELoss()(z1, z2))
+    care = CAREloss(chunks=4, shared_views=True, gather_distributed=True)
+    assert torch.equal(care(z1, z2), CAREloss(chunks=4, shared_views=True)(z1, z2))

@@ -1,0 +1,135 @@
+"""The losses under torch.compile, vmap and the Jacobians of torch.func."""
+
+import shutil
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jacrev, vmap
+
+from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
+from care_loss.functional import (
+    alignment_loss,
+    equivariance_loss,
+    info_nce_loss,
+    uniformity_loss,
+)
+
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=pytest.mark.skipif(
+            not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
+        ),
+    ),
+]
+IDS = torch.tensor([0, 1, 0, 2, 1, 1, 3, 3, 0, 2, 4])
+LOSSES = {
+    "info_nce": info_nce_loss,
+    "queue": lambda z1, z2: info_nce_loss(z1, z2, temperature=0.2, negatives=z2.detach()),
+    "equivariance": lambda z1, z2: equivariance_loss(z1, z2, chunks=3),
+    "ids": lambda z1, z2: equivariance_loss(z1, z2, chunks=IDS.to(z1.device), scale="authors"),
+    "uniformity": lambda z1, z2: uniformity_loss(z1) + uniformity_loss(z2),
+    "alignment": alignment_loss,
+    "CAREloss": lambda z1, z2: CAREloss(chunks=4, shared_views=True)(z1, z2),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code_left():
+    torch.compiler.reset()
+
+
+def value_and_grad(loss, z1, z2):
+    z1, z2 = z1.detach().requires_grad_(), z2.detach().requires_grad_()
+    value = loss(z1, z2)
+    return value.detach(), *torch.autograd.grad(value, (z1, z2), materialize_grads=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_loss
+def test_compiles_as_one_graph_forward_and_backward(loss, backend, device, dtype):
+    z1, z2 = torch.randn(2, 11, 5, device=device).to(dtype)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    torch.testing.assert_close(value_and_grad(compiled, z1, z2), value_and_grad(loss, z1, z2))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        InfoNCELoss(0.2),
+        EquivarianceLoss(3, reduction="none"),
+        CAREloss(chunks=3, shared_views=True),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_compile_and_follow_the_size_of_the_batch(module, device):
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (12, 12, 7, 30):
+        z1, z2 = torch.randn(2, n, 4, device=device)
+        torch.testing.assert_close(compiled(z1, z2), module(z1, z2))
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient_error"),
+    [
+        (EquivarianceLoss(3), 1e-6),
+        # torch.compile traces the backward under the autocast of the forward: see functional.py
+        (InfoNCELoss(), 2**-8),
+    ],
+    ids=lambda argument: type(argument).__name__,
+)
+def test_compiles_under_autocast(loss, gradient_error, device):
+    z1, z2 = torch.randn(2, 11, 5, device=device)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+
+    def under_autocast(z1, z2):
+        with torch.autocast(device.type, torch.bfloat16):
+            return compiled(z1, z2)
+
+    value, *grads = value_and_grad(under_autocast, z1, z2)
+    expected, *expected_grads = value_and_grad(loss, z1, z2)
+    torch.testing.assert_close(value, expected)
+    for grad_, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad_ - expected_grad).norm() <= gradient_error * expected_grad.norm()
+
+
+def test_compiles_with_ids_and_four_tensors(device):
+    loss = CAREloss(chunks=3)
+    compiled = torch.compile(loss.forward_components, fullgraph=True, backend="aot_eager")
+    tensors = torch.randn(4, 11, 5, device=device)
+    ids = IDS.to(device)
+    expected = loss.forward_components(*tensors, chunks=ids)
+    torch.testing.assert_close(tuple(compiled(*tensors, chunks=ids)), tuple(expected))
+
+
+@every_loss
+def test_vmap_is_a_loop(loss, device):
+    z1, z2 = torch.randn(2, 4, 11, 5, dtype=torch.float64, device=device)
+    each = torch.stack([loss(a, b) for a, b in zip(z1, z2, strict=True)])
+    torch.testing.assert_close(vmap(loss)(z1, z2), each)
+
+
+def test_vmap_over_temperatures(device):
+    z1, z2 = torch.randn(2, 11, 5, dtype=torch.float64, device=device)
+    temperatures = torch.tensor([0.05, 0.5, 1.0], dtype=torch.float64, device=device)
+    losses = vmap(lambda t: info_nce_loss(z1, z2, temperature=t))(temperatures)
+    each = [info_nce_loss(z1, z2, temperature=t.item()) for t in temperatures]
+    torch.testing.assert_close(losses, torch.stack(each))
+
+
+@every_loss
+def test_gradients_of_torch_func_are_those_of_autograd(loss, device):
+    z1, z2 = torch.randn(2, 11, 5, dtype=torch.float64, device=device)
+    _, expected, _ = value_and_grad(loss, z1, z2)
+    torch.testing.assert_close(grad(loss)(z1, z2), expected)
+    torch.testing.assert_close(jacrev(loss)(z1, z2), expected)
+    batch = z1.expand(3, -1, -1), z2.expand(3, -1, -1)
+    torch.testing.assert_close(vmap(grad(loss))(*batch), expected.expand(3, -1, -1))
+
+
+def test_modules_have_no_state_for_functional_call(device):
+    z1, z2 = torch.randn(2, 11, 5, device=device)
+    module = CAREloss(chunks=3, shared_views=True)
+    torch.testing.assert_close(functional_call(module, {}, (z1, z2)), module(z1, z2))
