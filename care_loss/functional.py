@@ -73,20 +73,24 @@ def info_nce_loss(
     _checks.embeddings(at_least=2 if negatives is None else 1, z1=z1, z2=z2)
     _checks.temperature(temperature)
     _checks.reduction(reduction)
-    anchors, positives = _unit_rows(z1), _unit_rows(z2)
+    if negatives is not None:
+        _checks.queue(negatives, z1)
+    u, v = _unit_rows(z1), _unit_rows(z2)
     with torch.autocast(z1.device.type, enabled=False):
-        positive = (anchors * positives).sum(-1) / temperature
-        if negatives is None:
-            n = z1.shape[-2]
-            z = torch.cat((anchors, positives), -2)
-            self_or_positive = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
-            logits = ((z / temperature) @ z.mT).masked_fill(self_or_positive, -torch.inf)
-            negative = logits.logsumexp(-1).unflatten(-1, (2, n))
-            positive = positive.unsqueeze(-2)
+        scaled = u / temperature
+        positive = (scaled * v).sum(-1)
+        if negatives is not None:
+            queue = _unit_rows(negatives).to(u.dtype)
+            negative = (scaled @ queue.mT).logsumexp(-1)
         else:
-            _checks.queue(negatives, z1)
-            queue = _unit_rows(negatives).to(anchors.dtype)
-            negative = ((anchors / temperature) @ queue.mT).logsumexp(-1)
+            # One block of products serves the anchors of both views, by rows and by columns.
+            across = _logits_of_others(scaled, v)
+            within1 = _logits_of_others(scaled, u)
+            within2 = _logits_of_others(v / temperature, v)
+            negative1 = torch.logaddexp(within1.logsumexp(-1), across.logsumexp(-1))
+            negative2 = torch.logaddexp(within2.logsumexp(-1), across.logsumexp(-2))
+            negative = torch.stack((negative1, negative2), -2)
+            positive = positive.unsqueeze(-2)
         # Not F.softplus: it drops e^-20 = 2e-9 beyond its threshold, a relative 1e-10.
         loss = -F.logsigmoid(positive - negative)
     return loss.mean() if reduction == "mean" else loss
@@ -186,7 +190,7 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
         Uniformity on the Hypersphere, ICML 2020, section 4.1.
     """
     _checks.embeddings(z=z)
-    _checks.number("t", t, zero=False)
+    _checks.number("t", t)
     z = _unit_rows(z)
     n = z.shape[-2]
     with torch.autocast(z.device.type, enabled=False):
@@ -224,7 +228,7 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
         Wang and Isola, 2020, section 4.1, as for :func:`uniformity_loss`.
     """
     _checks.embeddings(at_least=1, z1=z1, z2=z2)
-    _checks.number("alpha", alpha, zero=False)
+    _checks.number("alpha", alpha)
     distance = (_unit_rows(z1) - _unit_rows(z2)).square().sum(-1)
     if alpha != 2:
         # A power other than 1 of the squared distance has no usable derivative at 0: rows that
@@ -240,6 +244,12 @@ def _computed_in(z: Tensor) -> torch.dtype:
 
 def _unit_rows(z: Tensor) -> Tensor:
     return normalize(z.to(_computed_in(z)))
+
+
+def _logits_of_others(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of all rows but those of one sample, `(*, N, D)` -> `(*, N, N)`."""
+    own = torch.eye(a.shape[-2], dtype=torch.bool, device=a.device)
+    return (a @ b.mT).masked_fill_(own, -torch.inf)
 
 
 def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:

@@ -39,7 +39,7 @@ class InfoNCELoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        _checks.number("temperature", temperature, zero=False)
+        _checks.number("temperature", temperature)
         _checks.reduction(reduction)
         self.temperature = temperature
         self.reduction: Reduction = reduction
@@ -155,8 +155,8 @@ class CAREloss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        _checks.number("temperature", temperature, zero=False)
-        _checks.number("equivariance_weight", equivariance_weight, zero=True)
+        _checks.number("temperature", temperature)
+        _checks.number("equivariance_weight", equivariance_weight, or_zero=True)
         _checks.chunk_count(chunks)
         _checks.scale(scale)
         _checks.base_loss(base_loss, gather_distributed)

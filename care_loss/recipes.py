@@ -10,26 +10,11 @@ from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
     # 16 chunks of 16: 0.30 on the scale "mean". Script: weight 0.03, 0.90 on the scale "mean".
-    "cifar10": {
-        "temperature": 0.5,
-        "equivariance_weight": 0.01,
-        "chunks": 16,
-        "scale": "authors",
-    },
+    "cifar10": {"temperature": 0.5, "equivariance_weight": 0.01, "chunks": 16, "scale": "authors"},
     # 4 chunks of 64: 0.126.
-    "cifar100": {
-        "temperature": 0.5,
-        "equivariance_weight": 0.001,
-        "chunks": 4,
-        "scale": "authors",
-    },
+    "cifar100": {"temperature": 0.5, "equivariance_weight": 0.001, "chunks": 4, "scale": "authors"},
     # 8 chunks of 32: 0.62.
-    "stl10": {
-        "temperature": 0.5,
-        "equivariance_weight": 0.01,
-        "chunks": 8,
-        "scale": "authors",
-    },
+    "stl10": {"temperature": 0.5, "equivariance_weight": 0.01, "chunks": 8, "scale": "authors"},
     # 4 chunks of 8, the 32 images of each of several GPUs: 0.07.
     "imagenet100-simclr": {
         "temperature": 0.2,

@@ -59,7 +59,7 @@ def shared_views(
         >>> torch.equal(view1[0], view1[2]), torch.equal(view1[0], view2[0])
         (True, False)
     """
-    _checks.images("images", images)
+    _checks.images(images)
     _checks.chunks(chunks, len(images), images.device)
     ids = _chunks.ids(chunks, len(images), images.device)
     members = _chunks.members(ids)

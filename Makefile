@@ -1,0 +1,53 @@
+# Needs Python >= 3.10, git and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-deep test-wheel lint wheel bench clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.examples  ## train four arms on photographs and print the table
+	$(RUN) docs/examples/photos.py $(ARGS)
+
+test: $(VENV)/.test
+	$(RUN) -m pytest $(ARGS)
+
+test-deep: $(VENV)/.test  ## many more examples for every theorem
+	$(RUN) -m pytest tests/test_theorems.py --hypothesis-profile=deep $(ARGS)
+
+lint: $(VENV)/.lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+wheel: $(RUN)
+	rm -rf dist
+	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+# Tests that know nothing of the checkout, against the wheel in an environment of its own.
+WHEEL_TESTS = functional theorems modules recipes views errors sphere distributed
+test-wheel: wheel
+	rm -rf build/wheel && mkdir -p build/wheel
+	cp -r tests pyproject.toml build/wheel
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python $(INSTALL) dist/*.whl pytest hypothesis numpy
+	cd build/wheel && venv/bin/python -c "import care_loss; print(care_loss.__file__)" \
+		| grep site-packages
+	cd build/wheel && venv/bin/python -m pytest $(WHEEL_TESTS:%=tests/test_%.py)
+
+bench: $(VENV)/.test
+	$(RUN) benchmarks/care.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# One environment; each command adds the extra of pyproject.toml that it needs, once.
+$(VENV)/.%: $(RUN) pyproject.toml constraints.txt
+	$(RUN) $(INSTALL) --editable ".[$*]"
+	touch $@
+
+$(RUN):
+	@$(PYTHON) -c "import sys; sys.exit('care_loss needs Python >= 3.10: make PYTHON=python3.12 ...' \
+		if sys.version_info < (3, 10) else 0)"
+	$(PYTHON) -m venv $(VENV)

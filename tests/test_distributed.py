@@ -1,0 +1,62 @@
+"""Gathering, in two real processes."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from care_loss import CAREloss, InfoNCELoss
+from care_loss.distributed import all_gather
+from care_loss.functional import info_nce_loss
+
+WORLD, ROWS = 2, 6
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, WORLD, ROWS, 5)  # view, process, row, dimension
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def process(rank, init_method):
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=WORLD)
+    try:
+        z = rows()
+        x = z[0]
+        gathered = all_gather(x[rank])
+        assert torch.equal(gathered, x.flatten(0, 1))
+        same = all_gather(x[rank], process_group=dist.group.WORLD)
+        assert torch.equal(same, gathered)
+
+        everything = z.flatten(1, 2).requires_grad_()
+        expected = info_nce_loss(*everything)
+        expected.backward()
+        expected_grad = everything.grad.unflatten(1, (WORLD, ROWS))[:, rank]
+
+        mine = z[:, rank].clone().requires_grad_()
+        loss = InfoNCELoss(gather_distributed=True)(*mine)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        # DDP divides what the processes computed by their number.
+        torch.testing.assert_close(mine.grad / WORLD, expected_grad, rtol=1e-12, atol=1e-15)
+
+        # Without gathering each process contrasts its own rows, initialised or not.
+        alone = InfoNCELoss()(*z[:, rank])
+        torch.testing.assert_close(alone, info_nce_loss(*z[:, rank]))
+        assert not torch.isclose(alone, loss)
+
+        # The equivariance loss is the same with and without.
+        care = [CAREloss(chunks=2, shared_views=True, gather_distributed=g) for g in (True, False)]
+        parts = [module.forward_components(*z[:, rank]) for module in care]
+        torch.testing.assert_close(parts[0].equivariance, parts[1].equivariance)
+        torch.testing.assert_close(parts[0].base, expected)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
+    mp.spawn(process, args=(f"file://{tmp_path}/rendezvous",), nprocs=WORLD)
+
+
+def test_without_a_process_group_gathering_is_the_identity():
+    x = torch.randn(3, 4)
+    assert all_gather(x) is x

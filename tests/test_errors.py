@@ -1,0 +1,266 @@
+"""Bad input: every error names the requirement, what came, and what to do."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
+from care_loss.functional import (
+    alignment_loss,
+    equivariance_loss,
+    info_nce_loss,
+    uniformity_loss,
+)
+from care_loss.views import SharedAugmentCollate, shared_views
+
+Z = torch.randn(8, 4)
+PAIR_LOSSES = {
+    "info_nce_loss": info_nce_loss,
+    "equivariance_loss": equivariance_loss,
+    "alignment_loss": alignment_loss,
+    "InfoNCELoss": InfoNCELoss(),
+    "EquivarianceLoss": EquivarianceLoss(2),
+    "CAREloss": CAREloss(chunks=2, shared_views=True),
+    "CAREloss, gathering": CAREloss(chunks=2, shared_views=True, gather_distributed=True),
+    "CAREloss, equivariant pair": lambda a, b: CAREloss(chunks=2)(Z, Z, a, b),
+}
+PAIRS = {
+    "shapes that differ": (Z, Z[:7], "same shape, got torch.float32 of shape (8, 4) on cpu and"),
+    "widths that differ": (Z, Z[:, :3], "same shape, got torch.float32 of shape (8, 4) on cpu and"),
+    "one dimension": (Z[0], Z[0], "shape (*, N, D)"),
+    "no columns": (Z[:, :0], Z[:, :0], "D >= 1"),
+    "integers": (Z.long(), Z.long(), "floating point dtype, got torch.int64 of shape (8, 4)"),
+    "booleans": (Z > 0, Z > 0, "floating point dtype, got torch.bool"),
+    "complex numbers": (Z + 0j, Z + 0j, "floating point dtype, got torch.complex64"),
+    "NumPy arrays": (
+        Z.numpy(),
+        Z.numpy(),
+        "must be a torch.Tensor of a floating point dtype, got numpy.ndarray",
+    ),
+    "a list": (Z.tolist(), Z, "must be a torch.Tensor of a floating point dtype, got list"),
+    "a tuple": ((Z, Z), Z, "must be a torch.Tensor of a floating point dtype, got tuple"),
+    "dtypes that differ": (
+        Z,
+        Z.double(),
+        "same dtype, got torch.float32 of shape (8, 4) on cpu and torch.float64",
+    ),
+    "devices that differ": (
+        Z,
+        Z.to("meta"),
+        "same device, got torch.float32 of shape (8, 4) on cpu and torch.float32 of shape (8, 4) on meta",
+    ),
+}
+
+
+def assert_refused(call, sentence):
+    """The call raises an error of the form *requirement, got X: what to do.*"""
+    with pytest.raises((ValueError, TypeError), match=re.escape(sentence)) as error:
+        call()
+    assert re.search(r"must .+, got .+[:.] .+\.$", str(error.value), re.DOTALL)
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("loss", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
+def test_bad_pairs(loss, pair):
+    z1, z2, sentence = pair
+    assert_refused(lambda: loss(z1, z2), sentence)
+
+
+@pytest.mark.parametrize("loss", [f for name, f in PAIR_LOSSES.items() if name != "alignment_loss"])
+def test_a_single_row(loss):
+    assert_refused(lambda: loss(Z[:1], Z[:1]), "shape (*, N, D) with N >= 2 and D >= 1, got (1, 4)")
+
+
+def test_uniformity_checks_its_rows():
+    assert_refused(lambda: uniformity_loss(Z[:1]), "N >= 2")
+    assert_refused(lambda: uniformity_loss(Z.long()), "floating point dtype")
+
+
+def nothing(images):
+    return images
+
+
+CHUNKS = {
+    "zero": (0, "int >= 1 (for a single batch also a tensor of ids), got int 0"),
+    "negative": (-1, "got int -1"),
+    "a fraction": (2.0, "got float 2.0"),
+    "a boolean": (True, "got bool True"),
+    "a word": ("2", "got str '2'"),
+    "a list": ([2], "got list [2]"),
+    "nothing": (None, "got NoneType None"),
+}
+IDS = {
+    "the wrong length": (torch.arange(7), "integers of shape (8,), got torch.int64 of shape (7,)"),
+    "two dimensions": (
+        torch.zeros(8, 1).long(),
+        "integers of shape (8,), got torch.int64 of shape (8, 1)",
+    ),
+    "no dimension": (torch.tensor(2), "integers of shape (8,), got torch.int64 of shape ()"),
+    "floating point ids": (torch.zeros(8), "integers of shape (8,), got torch.float32"),
+    "boolean ids": (torch.zeros(8) > 0, "integers of shape (8,), got torch.bool"),
+    "another device": (torch.arange(8, device="meta"), "device of the embeddings, cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize(("chunks", "sentence"), CHUNKS.values(), ids=CHUNKS)
+def test_bad_numbers_of_chunks(chunks, sentence):
+    for call in (
+        lambda: equivariance_loss(Z, Z, chunks=chunks),
+        lambda: EquivarianceLoss(chunks),
+        lambda: CAREloss(chunks=chunks),
+        lambda: SharedAugmentCollate(nothing, chunks=chunks),
+        lambda: shared_views(Z, nothing, chunks=chunks),
+    ):
+        assert_refused(call, sentence)
+    if chunks is not None:  # in a call None means the constructor's
+        assert_refused(lambda: EquivarianceLoss(2)(Z, Z, chunks=chunks), sentence)
+        assert_refused(lambda: CAREloss(chunks=2)(Z, Z, Z, Z, chunks=chunks), sentence)
+
+
+@pytest.mark.parametrize(("ids", "sentence"), IDS.values(), ids=IDS)
+def test_bad_ids(ids, sentence):
+    for call in (
+        lambda: equivariance_loss(Z, Z, chunks=ids),
+        lambda: EquivarianceLoss(2)(Z, Z, chunks=ids),
+        lambda: CAREloss(chunks=2)(Z, Z, Z, Z, chunks=ids),
+        lambda: shared_views(Z, nothing, chunks=ids),
+    ):
+        assert_refused(call, sentence)
+
+
+def test_constructors_take_a_number_of_chunks_and_no_ids():
+    for module in (EquivarianceLoss, CAREloss):
+        assert_refused(lambda module=module: module(chunks=torch.arange(8)), "got torch.int64")
+
+
+def test_values_a_chunk_are_not_to_be_had_with_ids():
+    ids = torch.arange(8) // 2
+    sentence = "`reduction` must be 'mean' when `chunks` are ids, got 'none'"
+    assert_refused(lambda: equivariance_loss(Z, Z, chunks=ids, reduction="none"), sentence)
+    loss = EquivarianceLoss(2, reduction="none")
+    assert_refused(lambda: loss(Z, Z, chunks=ids), sentence)
+
+
+@pytest.mark.parametrize("word", ["sum", "Mean", None, 1, ["mean"]])
+def test_unknown_words(word):
+    for call in (
+        lambda: info_nce_loss(Z, Z, reduction=word),
+        lambda: equivariance_loss(Z, Z, reduction=word),
+        lambda: InfoNCELoss(reduction=word),
+        lambda: EquivarianceLoss(2, reduction=word),
+    ):
+        assert_refused(call, f"`reduction` must be 'mean' or 'none', got {word!r}")
+    for call in (
+        lambda: equivariance_loss(Z, Z, scale=word if word != "mean" else "x"),
+        lambda: EquivarianceLoss(2, scale=word),
+        lambda: CAREloss(chunks=2, scale=word),
+    ):
+        assert_refused(call, f"`scale` must be 'mean' or 'authors', got {word!r}")
+
+
+@pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, "0.5", None, True, np.float32(0.5)])
+def test_bad_numbers(value):
+    for name, call in (
+        ("temperature", lambda: info_nce_loss(Z, Z, temperature=value)),
+        ("temperature", lambda: InfoNCELoss(value)),
+        ("temperature", lambda: CAREloss(value, chunks=2)),
+        ("t", lambda: uniformity_loss(Z, t=value)),
+        ("alpha", lambda: alignment_loss(Z, Z, alpha=value)),
+    ):
+        assert_refused(call, f"`{name}` must be a finite number > 0, got ")
+    if value != 0:
+        assert_refused(
+            lambda: CAREloss(0.5, value, chunks=2),
+            "`equivariance_weight` must be a finite number >= 0, got ",
+        )
+
+
+def test_a_weight_of_zero_is_a_baseline():
+    assert CAREloss(equivariance_weight=0, chunks=2)(Z, Z, Z, -Z) == info_nce_loss(Z, Z)
+
+
+def test_bad_temperature_tensors():
+    for tensor in (torch.ones(1), torch.ones(8, 1), torch.tensor(1)):
+        sentence = "number or a floating point tensor of shape ()"
+        assert_refused(lambda t=tensor: info_nce_loss(Z, Z, temperature=t), sentence)
+    # A module remembers plain values; a learned temperature is the function's.
+    assert_refused(lambda: InfoNCELoss(torch.tensor(0.5)), "finite number > 0, got torch.float32")
+
+
+def test_bad_queues():
+    for queue, sentence in {
+        (Z[0], "shape (K, 4) with K >= 1"),
+        (Z[:0], "shape (K, 4) with K >= 1"),
+        (Z[:, :3], "shape (K, 4) with K >= 1"),
+        (Z[None], "shape (K, 4) with K >= 1"),
+        (Z.long(), "floating point dtype"),
+        (Z.to("meta"), "device of the embeddings, cpu, got meta"),
+    }:
+        assert_refused(lambda q=queue: info_nce_loss(Z, Z, negatives=q), sentence)
+    assert_refused(
+        lambda: info_nce_loss(Z, Z, negatives=Z.numpy()),
+        "must be a torch.Tensor of a floating point dtype, got numpy",
+    )
+
+
+def test_two_ordinary_views_would_train_a_placebo():
+    sentence = "`equivariant1` and `equivariant2` must be given unless shared_views=True"
+    assert_refused(lambda: CAREloss(chunks=2)(Z, Z), sentence)
+    assert_refused(lambda: CAREloss(chunks=2)(Z, Z), "would train a placebo")
+
+
+@pytest.mark.parametrize("shared_views", [True, False])
+def test_half_an_equivariant_pair(shared_views):
+    loss = CAREloss(chunks=2, shared_views=shared_views)
+    assert_refused(lambda: loss(Z, Z, Z), "given together, got only `equivariant1`")
+    assert_refused(lambda: loss(Z, Z, None, Z), "given together, got only `equivariant2`")
+
+
+def test_bad_base_losses():
+    sentence = "`gather_distributed` must be False when `base_loss` is given"
+    assert_refused(
+        lambda: CAREloss(chunks=2, base_loss=alignment_loss, gather_distributed=True), sentence
+    )
+    assert_refused(lambda: CAREloss(chunks=2, base_loss=0.5), "callable (z1, z2) -> scalar")
+    for result, got in (
+        (Z, "torch.float32 of shape (8, 4)"),
+        (Z[0, :1], "torch.float32 of shape (1,)"),
+        (0.5, "float 0.5"),
+        (None, "NoneType"),
+        ({"loss": Z.sum()}, "dict"),
+    ):
+        loss = CAREloss(chunks=2, shared_views=True, base_loss=lambda a, b, result=result: result)
+        assert_refused(lambda loss=loss: loss(Z, Z), f"return a scalar tensor, got {got}")
+
+
+def test_bad_batches_of_images():
+    assert_refused(lambda: shared_views([Z, Z], nothing, chunks=2), "tensor of shape (N, ...)")
+    assert_refused(
+        lambda: shared_views(Z[:1], nothing, chunks=2), "N >= 2, got torch.float32 of shape (1, 4)"
+    )
+    assert_refused(lambda: shared_views(Z[:, 0], nothing, chunks=2), "shape (N, ...)")
+    collate = SharedAugmentCollate(nothing, chunks=2)
+    assert_refused(lambda: collate([(Z[0], 0)]), "at least 2 samples, got 1")
+
+
+def test_transforms_that_return_no_batch():
+    for transform in (lambda x: x[0], lambda x: list(x), lambda x: x.sum(), lambda x: None):
+        assert_refused(
+            lambda t=transform: shared_views(Z[:, :3], t, chunks=2), "a tensor of 4 images, got"
+        )
+
+
+@pytest.mark.parametrize("loss", [info_nce_loss, equivariance_loss, alignment_loss])
+def test_the_checks_read_no_values(loss):
+    # A fake tensor has shape, dtype and device, and nothing to read.
+    with FakeTensorMode():
+        z1, z2, temperature = torch.randn(8, 4), torch.randn(8, 4), torch.tensor(0.5)
+        assert loss(z1, z2).shape == ()
+        assert info_nce_loss(z1, z2, temperature=temperature, negatives=z1).shape == ()
+        assert equivariance_loss(z1, z2, chunks=torch.arange(8)).shape == ()
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            z1.sum().item()

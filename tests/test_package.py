@@ -1,0 +1,147 @@
+"""The package as a whole: what imports what, what it needs, what the documents say."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import care_loss
+
+PACKAGE = Path(care_loss.__file__).parent
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "__init__": {"distributed", "functional", "modules", "recipes", "sphere", "views"},
+    "modules": {"_checks", "distributed", "functional"},
+    "functional": {"_checks", "_chunks", "sphere"},
+    "views": {"_checks", "_chunks"},
+    "distributed": set(),
+    "recipes": set(),
+    "sphere": set(),
+    "_chunks": set(),
+    "_checks": set(),
+}
+
+
+def imports(source):
+    """The modules that a source file imports, those of the package as 'care_loss.name'."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "care_loss":
+                found |= {f"care_loss.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+def test_imports_are_found_in_every_form():
+    source = "import numpy as np, care_loss.views\nfrom care_loss import sphere\n"
+    source += "def f():\n    from care_loss.modules import CAREloss\n"
+    expected = {"numpy", "care_loss.views", "care_loss.sphere", "care_loss.modules"}
+    assert imports(source) == expected
+
+
+def test_imports_point_down():
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert files.keys() == ALLOWED.keys()
+    for name, path in files.items():
+        inside = {m.removeprefix("care_loss.") for m in imports(path.read_text()) if "care" in m}
+        assert inside <= ALLOWED[name], name
+
+
+def test_only_torch_and_the_standard_library_are_imported():
+    for path in PACKAGE.rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path.read_text())} - {"care_loss"}
+        assert outside <= sys.stdlib_module_names | {"torch"}, path.name
+
+
+def run_without(module, code):
+    """Run code in an interpreter in which a module cannot be imported."""
+    block = f"import sys; sys.modules[{module!r}] = None; "
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", block + code], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("module", ["numpy", "triton", "torchvision"])
+def test_the_package_works_without(module):
+    code = (
+        "import torch, care_loss; "
+        "z = torch.randn(2, 8, 4, requires_grad=True); "
+        "care_loss.CAREloss(chunks=2, shared_views=True)(*z).backward(); "
+        "care_loss.views.SharedAugmentCollate(lambda x: x, chunks=1)([(z[0, 0], 0)] * 2)"
+    )
+    result = run_without(module, code)
+    assert result.returncode == 0, result.stderr
+    result = run_without(module, f"import {module}; {code}")  # this test can fail
+    assert f"import of {module} halted" in result.stderr
+
+
+def test_the_package_is_typed_and_versioned():
+    assert (PACKAGE / "py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", care_loss.__version__)
+    assert all(hasattr(care_loss, name) for name in care_loss.__all__)
+
+
+def lines_of_code(source):
+    """Lines that hold code: neither blank, nor comment, nor docstring."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    strings = [
+        node.body[0]
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None
+    ]
+    documentation = {n for string in strings for n in range(string.lineno, string.end_lineno + 1)}
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in documentation
+        for number, line in enumerate(source.splitlines(), 1)
+    )
+
+
+def test_the_package_stays_small():
+    assert (
+        lines_of_code('"""Doc."""\n\n# why\nx = 1\n\ndef f():\n    """Doc."""\n    return 1\n') == 3
+    )
+    total = sum(lines_of_code(path.read_text()) for path in PACKAGE.rglob("*.py"))
+    assert total <= 520, f"{total} lines of code"
+
+
+def test_every_public_function_has_types_and_a_docstring():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                inherited = node.name in ("forward", "extra_repr")
+                assert ast.get_docstring(node) or inherited, f"{path.name}: {node.name}"
+            if isinstance(node, ast.FunctionDef):
+                assert node.returns is not None, f"{path.name}: {node.name}"
+
+
+DOCUMENTS = [path for path in ROOT.glob("*.md") if "```python" in path.read_text()]
+
+
+def blocks(document):
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_has_code_to_run():
+    assert "README.md" in [document.name for document in DOCUMENTS]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_code_in_the_documents_runs(document):
+    namespace = {}
+    for block in blocks(document):
+        exec(compile(block, document.name, "exec"), namespace)
+    assert namespace["loss"].isfinite()
+
+
+def test_the_readmes_training_example_takes_twelve_lines():
+    first = blocks(ROOT / "README.md")[0]
+    assert sum(bool(line.strip()) for line in first.splitlines()) <= 12
