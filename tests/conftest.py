@@ -1,15 +1,10 @@
-"""Options, profiles and the one workaround that the suite needs."""
+"""Options, profiles, and the workaround that importing lightly needs."""
+
+import importlib.util
 
 import pytest
 import torch
 from hypothesis import settings
-
-# lightly imports torchvision, whose wheels are built for CUDA and look for two operators that a CPU
-# build of torch lacks (pytorch/vision #9077). Declaring them is enough for the import.
-if not torch.cuda.is_available():
-    _operators = torch.library.Library("torchvision", "DEF")
-    _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 # In CI every run draws the same examples; `make test-deep` looks further, and elsewhere each time.
 settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, database=None)
@@ -30,6 +25,23 @@ def device(request):
 @pytest.fixture(scope="session")
 def dtype(request):
     return getattr(torch, request.config.getoption("--dtype"))
+
+
+@pytest.fixture(scope="session")
+def lightly_loss():
+    """The module lightly.loss."""
+    if importlib.util.find_spec("lightly") is None:
+        pytest.skip("lightly is not installed")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        # Its CUDA build looks for two operators that a CPU build of torch lacks (pytorch/vision
+        # #9077). Declaring them, for as long as the process lives, is enough to import it.
+        global operators
+        operators = torch.library.Library("torchvision", "DEF")
+        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("lightly.loss")
 
 
 @pytest.fixture(autouse=True)

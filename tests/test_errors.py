@@ -51,7 +51,7 @@ PAIRS = {
     "devices that differ": (
         Z,
         Z.to("meta"),
-        "same device, got torch.float32 of shape (8, 4) on cpu and torch.float32 of shape (8, 4) on meta",
+        "of shape (8, 4) on cpu and torch.float32 of shape (8, 4) on meta",
     ),
 }
 

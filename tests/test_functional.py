@@ -91,11 +91,10 @@ def test_a_queue_may_have_another_dtype(device):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
-def test_info_nce_is_lightlys(temperature, device):
-    loss = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+def test_info_nce_is_lightlys(temperature, lightly_loss, device):
     for n, d in [(2, 3), (17, 128), (256, 64)]:
         z1, z2 = torch.randn(2, n, d, device=device)
-        theirs = loss.NTXentLoss(temperature=temperature)(z1, z2)
+        theirs = lightly_loss.NTXentLoss(temperature=temperature)(z1, z2)
         torch.testing.assert_close(
             info_nce_loss(z1, z2, temperature=temperature), theirs, rtol=1e-5, atol=0
         )
