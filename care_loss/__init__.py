@@ -6,13 +6,5 @@ from care_loss.recipes import RECIPES
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "RECIPES",
-    "CAREloss",
-    "EquivarianceLoss",
-    "InfoNCELoss",
-    "distributed",
-    "functional",
-    "sphere",
-    "views",
-]
+__all__ = ["RECIPES", "CAREloss", "EquivarianceLoss", "InfoNCELoss"]
+__all__ += ["distributed", "functional", "sphere", "views"]

@@ -85,13 +85,8 @@ class EquivarianceLoss(nn.Module):
 
         `chunks`, an int or ids `(N,)`, replaces the constructor's for this batch.
         """
-        return equivariance_loss(
-            z1,
-            z2,
-            chunks=self.chunks if chunks is None else chunks,
-            scale=self.scale,
-            reduction=self.reduction,
-        )
+        chunks = self.chunks if chunks is None else chunks
+        return equivariance_loss(z1, z2, chunks=chunks, scale=self.scale, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         return _arguments(self, "chunks", "scale", "reduction")
@@ -208,15 +203,12 @@ class CAREloss(nn.Module):
         else:
             base = self.base_loss(z1, z2)
             _checks.scalar(base)
+        chunks = self.chunks if chunks is None else chunks
         equivariance = equivariance_loss(
-            equivariant1,
-            equivariant2,
-            chunks=self.chunks if chunks is None else chunks,
-            scale=self.scale,
+            equivariant1, equivariant2, chunks=chunks, scale=self.scale
         )
-        return CARELossComponents(
-            base + self.equivariance_weight * equivariance, base, equivariance
-        )
+        loss = base + self.equivariance_weight * equivariance
+        return CARELossComponents(loss, base, equivariance)
 
     def extra_repr(self) -> str:
         names = ["temperature", "equivariance_weight", "chunks", "shared_views", "scale"]

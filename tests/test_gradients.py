@@ -98,6 +98,15 @@ def test_the_gradient_is_zero_at_zero_loss_and_the_curvature_is_not(device):
     assert (curvature * step).sum() > 1e-3
 
 
+def test_alignment_is_curved_where_the_views_coincide(device):
+    z1 = pair(device)[0].detach()
+    z2 = z1.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(alignment_loss(z1, z2), z2, create_graph=True)
+    step = torch.randn_like(z2)
+    (curvature,) = torch.autograd.grad((grad * step).sum(), z2)
+    assert (curvature * step).sum() > 1e-3
+
+
 @pytest.mark.parametrize("loss", [info_nce_loss, equivariance_loss, alignment_loss])
 def test_gradients_point_along_the_sphere(loss, device):
     z1, z2 = pair(device)
