@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 
-def embeddings(*, at_least: int = 2, **tensors: Any) -> None:
+def embeddings(**tensors: Any) -> None:
     """Require floating point tensors of one shape `(*, N, D)`, one dtype and one device."""
     for name, z in tensors.items():
         _floating(name, z)
     (name, first), *others = tensors.items()
-    if first.ndim < 2 or first.shape[-2] < at_least or first.shape[-1] < 1:
+    if first.ndim < 2 or first.shape[-2] < 2 or first.shape[-1] < 1:
         raise ValueError(
-            f"`{name}` must have shape (*, N, D) with N >= {at_least} and D >= 1, got "
-            f"{tuple(first.shape)}: give embeddings as rows, each with others to form pairs with."
+            f"`{name}` must have shape (*, N, D) with N >= 2 and D >= 1, got {tuple(first.shape)}: "
+            "give embeddings as rows; one row has no other to form a pair with."
         )
     for other_name, other in others:
         for what in ("shape", "dtype", "device"):

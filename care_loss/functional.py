@@ -47,7 +47,7 @@ def info_nce_loss(
     of `z2`, and the only negatives are the rows of the queue.
 
     Args:
-        z1: Embeddings of the first view, `(*, N, D)`; `N >= 2`, or `N >= 1` beside a queue.
+        z1: Embeddings of the first view, `(*, N, D)` with `N >= 2`.
         z2: Embeddings of the second view, `(*, N, D)`.
         temperature: :math:`\tau > 0`, a number or a tensor `()`, which then gets a gradient.
         negatives: A queue of other embeddings in any floating point dtype, `(K, D)`.
@@ -70,7 +70,7 @@ def info_nce_loss(
         equation 1. He et al., Momentum Contrast for Unsupervised Visual Representation Learning,
         2020, equation 1.
     """
-    _checks.embeddings(at_least=2 if negatives is None else 1, z1=z1, z2=z2)
+    _checks.embeddings(z1=z1, z2=z2)
     _checks.temperature(temperature)
     _checks.reduction(reduction)
     if negatives is not None:
@@ -210,7 +210,7 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     the gradient is 0, for every `alpha`.
 
     Args:
-        z1: Embeddings of the first view, `(*, N, D)`.
+        z1: Embeddings of the first view, `(*, N, D)` with `N >= 2`.
         z2: Embeddings of the second view, `(*, N, D)`.
         alpha: The power of the distance, > 0.
 
@@ -227,7 +227,7 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     References:
         Wang and Isola, 2020, section 4.1, as for :func:`uniformity_loss`.
     """
-    _checks.embeddings(at_least=1, z1=z1, z2=z2)
+    _checks.embeddings(z1=z1, z2=z2)
     _checks.number("alpha", alpha)
     distance = (_unit_rows(z1) - _unit_rows(z2)).square().sum(-1)
     if alpha != 2:

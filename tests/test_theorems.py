@@ -190,10 +190,10 @@ def test_a_queue_of_all_other_rows_is_the_in_batch_loss(triple, temperature):
     in_batch = info_nce_loss(z1, z2, temperature=temperature, reduction="none")
     for i in range(len(z1)):
         others = torch.cat([torch.cat((z[:i], z[i + 1 :])) for z in (z1, z2)])
-        queue = info_nce_loss(
-            z1[i : i + 1], z2[i : i + 1], temperature=temperature, negatives=others
+        beside_queue = info_nce_loss(
+            z1, z2, temperature=temperature, negatives=others, reduction="none"
         )
-        close(queue, in_batch[0, i])
+        close(beside_queue[i], in_batch[0, i])
 
 
 @given(embeddings(count=2), st.floats(0.05, 2))
