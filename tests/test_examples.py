@@ -11,9 +11,8 @@ PHOTOS = Path(__file__).parent.parent / "docs" / "examples" / "photos.py"
 
 def run(output, *options):
     command = [sys.executable, "-W", "error", str(PHOTOS), "--steps", "2", "--output", str(output)]
-    result = subprocess.run(
-        [*command, *options], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1")
-    )
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     with open(output / "photos.csv", newline="", encoding="utf-8") as file:
         return result.stdout, list(csv.DictReader(file))
