@@ -1,6 +1,7 @@
 """The package as a whole: what imports what, what it needs, what the documents say."""
 
 import ast
+import csv
 import re
 import subprocess
 import sys
@@ -145,3 +146,15 @@ def test_the_code_in_the_documents_runs(document):
 def test_the_readmes_training_example_takes_twelve_lines():
     first = blocks(ROOT / "README.md")[0]
     assert sum(bool(line.strip()) for line in first.splitlines()) <= 12
+
+
+def test_the_table_in_the_readme_is_that_of_the_committed_runs():
+    files = sorted((ROOT / "docs" / "examples" / "results").glob("photos-seed*.csv"))
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    runs = [list(csv.DictReader(text.splitlines())) for text in texts]
+    assert len(runs) >= 3
+    columns = ["gap ratio", "minus placebo", "rotation share", "kNN", "effective rank", "mean norm"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for arm in zip(*runs, strict=True):
+        cells = [", ".join(run[column] for run in arm) for column in columns]
+        assert f"| {arm[0]['arm']} | {' | '.join(cells)} |" in readme
