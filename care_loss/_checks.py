@@ -19,15 +19,26 @@ def embeddings(**tensors: Any) -> None:
     if first.ndim < 2 or first.shape[-2] < 2 or first.shape[-1] < 1:
         raise ValueError(
             f"`{name}` must have shape (*, N, D) with N >= 2 and D >= 1, got {tuple(first.shape)}: "
-            "give embeddings as rows; one row has no other to form a pair with."
+            "give one row a sample; a row alone has no other to form a pair with."
         )
     for other_name, other in others:
         for what in ("shape", "dtype", "device"):
             if getattr(first, what) != getattr(other, what):
                 raise ValueError(
                     f"`{name}` and `{other_name}` must have the same {what}, got {_kind(first)} "
-                    f"and {_kind(other)}: embed both views of the same samples alike."
+                    f"and {_kind(other)}: embed the same samples in both, alike."
                 )
+
+
+def matrices(**tensors: Any) -> None:
+    """Require embeddings of shape `(N, D)`, as the modules take them."""
+    embeddings(**tensors)
+    for name, z in tensors.items():
+        if z.ndim != 2:
+            raise ValueError(
+                f"`{name}` must have shape (N, D), got {tuple(z.shape)}: make one row of each "
+                "sample, as with .flatten(1) (functions take leading dimensions)."
+            )
 
 
 def queue(negatives: Any, z: Tensor) -> None:
@@ -58,8 +69,8 @@ def chunk_count(value: Any) -> None:
     """Require a number of chunks, as a constructor remembers it."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
-            f"`chunks` must be an int >= 1 (for a single batch also a tensor of ids), got "
-            f"{_kind(value)}: say how many chunks to cut a batch into."
+            f"`chunks` must be an int >= 1, got {_kind(value)}: say how many chunks to cut a batch "
+            "into; ids of rows are a tensor, and go with the batch that they belong to."
         )
 
 
@@ -113,13 +124,14 @@ def base_loss(value: Any, gather_distributed: bool) -> None:
         )
 
 
-def scalar(value: Any) -> None:
-    """Require that a base loss returned a tensor without dimensions."""
+def scalar(value: Any) -> Tensor:
+    """Require that a base loss returned a tensor without dimensions, and return it."""
     if not isinstance(value, Tensor) or value.ndim:
         raise ValueError(
             f"`base_loss` must return a scalar tensor, got {_kind(value)}: "
             "reduce it inside the callable, for example with .mean()."
         )
+    return value
 
 
 def equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
@@ -148,22 +160,39 @@ def images(value: Any) -> None:
         )
 
 
-def samples(count: int) -> None:
-    """Require a batch of samples that can be cut into chunks."""
-    if count < 2:
+def samples(batch: Any) -> None:
+    """Require samples (image, label), enough of them to be cut into chunks."""
+    for sample in batch:
+        if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+            raise ValueError(
+                f"a dataset must yield pairs (image, label), got {_kind(sample)}: "
+                "where there are no labels, yield (image, 0)."
+            )
+    if len(batch) < 2:
         raise ValueError(
-            f"a batch must hold at least 2 samples, got {count}: an augmentation is shared by "
-            "at least two images; set drop_last=True in the DataLoader."
+            f"a batch must hold at least 2 samples, got {len(batch)}: an augmentation is shared "
+            "by at least two images; set drop_last=True in the DataLoader."
         )
 
 
-def transformed(value: Any, n: int) -> None:
-    """Require that a transform of `n` stacked images returned `n` stacked images."""
+def view(value: Any) -> Tensor:
+    """Require that a transform of one image returned a tensor, and return it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`transform` must turn an image into a tensor, got {_kind(value)}: "
+            "end it with a conversion, and choose one where it returns several views."
+        )
+    return value
+
+
+def views(value: Any, n: int) -> Tensor:
+    """Require that a transform of `n` stacked images returned as many, and return them."""
     if not isinstance(value, Tensor) or not value.ndim or len(value) != n:
         raise ValueError(
             f"`transform` must map a tensor of {n} images to a tensor of {n} images, got "
             f"{_kind(value)}: for a transform of single images use SharedAugmentCollate."
         )
+    return value
 
 
 def _floating(name: str, value: Any) -> None:
@@ -191,6 +220,6 @@ def _choice(name: str, value: Any, options: tuple[str, ...]) -> None:
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-    if type(value).__module__ == "builtins":
-        return f"{type(value).__qualname__} {value!r}"[:60]
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, (int, float, str)):
+        return f"{type(value).__qualname__} {value!r}"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -57,7 +57,8 @@ class EquivarianceLoss(nn.Module):
     """Compare Gram matrices: :func:`care_loss.functional.equivariance_loss`, arguments remembered.
 
     Args:
-        chunks: How many contiguous chunks to cut a batch into, >= 1; small batches get `N // 2`.
+        chunks: How many contiguous chunks to cut a batch into, >= 1; a small batch gets `N // 2`
+            chunks.
         scale: `"mean"` over pairs, in [0, 4], or `"authors"`, :math:`2(n-1)` times that.
         reduction: `"mean"`, or `"none"` for a value a chunk.
 
@@ -85,6 +86,7 @@ class EquivarianceLoss(nn.Module):
 
         `chunks`, an int or ids `(N,)`, replaces the constructor's for this batch.
         """
+        _checks.matrices(z1=z1, z2=z2)
         chunks = self.chunks if chunks is None else chunks
         return equivariance_loss(z1, z2, chunks=chunks, scale=self.scale, reduction=self.reduction)
 
@@ -107,12 +109,14 @@ class CAREloss(nn.Module):
 
     The ordinary views :math:`z_1, z_2` are augmented sample by sample, as in SimCLR. The
     equivariant views :math:`e_1, e_2` are chunk-shared: one augmentation serves all samples of a
-    chunk (:mod:`care_loss.views` makes such views).
+    chunk. :mod:`care_loss.views` makes such views and returns their chunk ids, to be handed on in
+    the call: a loss that cuts other chunks than the views compares samples that share nothing.
 
     Args:
         temperature: The temperature of InfoNCE, > 0. Not used by a `base_loss`.
         equivariance_weight: :math:`\lambda \ge 0`.
-        chunks: How many contiguous chunks to cut a batch into, >= 1; small batches get `N // 2`.
+        chunks: How many contiguous chunks to cut a batch into, >= 1, where a call gives no ids; a
+            small batch gets `N // 2` chunks.
         shared_views: Whether `z1` and `z2` are chunk-shared themselves and may serve both terms,
             two forwards a step in place of four.
         scale: The scale of the equivariance loss, `"mean"` over pairs or `"authors"`,
@@ -197,12 +201,14 @@ class CAREloss(nn.Module):
         """
         _checks.equivariant_pair(equivariant1, equivariant2, self.shared_views)
         if equivariant1 is None or equivariant2 is None:
+            _checks.matrices(z1=z1, z2=z2)
             equivariant1, equivariant2 = z1, z2
+        else:
+            _checks.matrices(equivariant1=equivariant1, equivariant2=equivariant2)
         if self.base_loss is None:
             base = _info_nce(z1, z2, self.temperature, "mean", self.gather_distributed)
         else:
-            base = self.base_loss(z1, z2)
-            _checks.scalar(base)
+            base = _checks.scalar(self.base_loss(z1, z2))
         chunks = self.chunks if chunks is None else chunks
         equivariance = equivariance_loss(
             equivariant1, equivariant2, chunks=chunks, scale=self.scale
@@ -220,8 +226,8 @@ class CAREloss(nn.Module):
 def _info_nce(
     z1: Tensor, z2: Tensor, temperature: float, reduction: Reduction, gather_distributed: bool
 ) -> Tensor:
+    _checks.matrices(z1=z1, z2=z2)
     if gather_distributed:
-        _checks.embeddings(z1=z1, z2=z2)  # before other processes wait for rows that cannot come
         z1, z2 = all_gather(z1), all_gather(z2)
     return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
 

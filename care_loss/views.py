@@ -9,8 +9,7 @@ alike (`torchvision.transforms.v2`, kornia with `same_on_batch=True`).
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -63,7 +62,9 @@ def shared_views(
     _checks.chunks(chunks, len(images), images.device)
     ids = _chunks.ids(chunks, len(images), images.device)
     members = _chunks.members(ids)
-    pairs = [[_apply(transform, images[rows]) for _ in range(2)] for rows in members]
+    pairs = [
+        [_checks.views(transform(images[rows]), len(rows)) for _ in range(2)] for rows in members
+    ]
     restore = torch.cat(members).argsort()
     view1, view2 = (torch.cat(parts)[restore] for parts in zip(*pairs, strict=True))
     return SharedViews(view1, view2, ids)
@@ -79,11 +80,12 @@ class SharedAugmentCollate:
 
     The generators of NumPy and `random` are left as they were found, and `torch`'s advances by one
     draw a batch for the shared views: `torch.manual_seed` makes a run repeatable, and every worker
-    process and epoch of a `DataLoader` draws its own augmentations.
+    process and epoch of a `DataLoader` draws its own augmentations. Where workers are spawned (on
+    macOS and Windows), the transforms must be picklable: functions of a module, no lambdas.
 
     Args:
         transform: Maps one image, as the dataset yields it, to a tensor; shared by each chunk.
-        chunks: How many contiguous chunks to cut a batch into; small batches get `N // 2`.
+        chunks: How many contiguous chunks to cut a batch into; a small batch gets `N // 2` chunks.
         own: Maps one image to a tensor, drawing anew for every image and view; for the ordinary
             views. Without it the shared views come alone (`CAREloss(shared_views=True)`).
 
@@ -110,12 +112,14 @@ class SharedAugmentCollate:
         The views stand in the order of the loss's arguments: the two of `own` where given, the two
         shared ones, and the chunk ids.
         """
-        _checks.samples(len(batch))
+        _checks.samples(batch)
         images, labels = zip(*batch, strict=True)
         ids = _chunks.ids(self.chunks, len(images), torch.device("cpu"))
         views = []
         if self.own is not None:
-            views += [torch.stack([self.own(image) for image in images]) for _ in range(2)]
+            views += [
+                torch.stack([_checks.view(self.own(image)) for image in images]) for _ in range(2)
+            ]
         for seeds in torch.randint(2**32, (2, int(ids[-1]) + 1)):  # a seed for each view and chunk
             views.append(torch.stack(_replay(self.transform, images, seeds[ids].tolist())))
         return (*views, ids), default_collate(list(labels))
@@ -147,15 +151,11 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
     """
     views = [_copies(transform, image, batched) for _ in range(16)]
     if any(_differ(copy, view[0]) for view in views for copy in view[1:]):
-        hint = (
-            "use one that treats a tensor of images alike, such as torchvision.transforms.v2 or "
-            "kornia with same_on_batch=True"
-            if batched
-            else "use one that draws from the generators of torch, NumPy or random, not its own"
-        )
         raise ValueError(
             "`transform` must draw one augmentation for all images of a chunk, got different views "
-            f"of copies of one image: {hint}."
+            "of copies of one image: use torchvision.transforms.v2 or kornia with "
+            "same_on_batch=True for tensors of images; for single images draw from the generators "
+            "of torch, NumPy or random, or seed another from random.getrandbits(32) in every call."
         )
     if not any(_differ(view[0], views[0][0]) for view in views[1:]):
         raise ValueError(
@@ -164,43 +164,31 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
         )
 
 
-def _apply(transform: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    view = transform(images)
-    _checks.transformed(view, len(images))
-    return view
-
-
 def _replay(transform: Transform, images: Sequence[Any], seeds: Sequence[int]) -> list[Tensor]:
-    """Transform each image after setting the random generators to its seed."""
+    """Transform each image after setting the random generators to its seed, then restore them."""
     numpy = sys.modules.get("numpy")  # if nobody has imported it, nobody draws from it
+    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     views = []
-    with _restored_generators(numpy):
+    try:
         for image, seed in zip(images, seeds, strict=True):
             # Not torch.manual_seed: that would set the generators of every GPU too.
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             if numpy:
                 numpy.random.seed(seed)
-            views.append(transform(image))
-    return views
-
-
-@contextmanager
-def _restored_generators(numpy: Any) -> Iterator[None]:
-    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-    try:
-        yield
+            views.append(_checks.view(transform(image)))
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         if numpy:
             numpy.random.set_state(states[2])
+    return views
 
 
 def _copies(transform: Callable[[Any], Tensor], image: Any, batched: bool) -> list[Tensor]:
     """Transform four copies of an image as the four images of one chunk."""
     if batched:
-        return list(_apply(transform, torch.stack([image] * 4)))
+        return list(_checks.views(transform(torch.stack([image] * 4)), 4))
     seed = int(torch.randint(2**32, ()))
     return _replay(transform, [deepcopy(image) for _ in range(4)], [seed] * 4)
 

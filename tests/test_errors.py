@@ -15,7 +15,7 @@ from care_loss.functional import (
     info_nce_loss,
     uniformity_loss,
 )
-from care_loss.views import SharedAugmentCollate, shared_views
+from care_loss.views import SharedAugmentCollate, assert_shared, shared_views
 
 Z = torch.randn(8, 4)
 PAIR_LOSSES = {
@@ -26,7 +26,6 @@ PAIR_LOSSES = {
     "EquivarianceLoss": EquivarianceLoss(2),
     "CAREloss": CAREloss(chunks=2, shared_views=True),
     "CAREloss, gathering": CAREloss(chunks=2, shared_views=True, gather_distributed=True),
-    "CAREloss, equivariant pair": lambda a, b: CAREloss(chunks=2)(Z, Z, a, b),
 }
 PAIRS = {
     "shapes that differ": (Z, Z[:7], "same shape, got torch.float32 of shape (8, 4) on cpu and"),
@@ -70,6 +69,25 @@ def test_bad_pairs(loss, pair):
     assert_refused(lambda: loss(z1, z2), sentence)
 
 
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_bad_equivariant_pairs_are_called_by_their_names(pair):
+    e1, e2, sentence = pair
+    assert_refused(lambda: CAREloss(chunks=2)(Z, Z, e1, e2), sentence)
+    with pytest.raises((ValueError, TypeError), match="`equivariant1`"):
+        CAREloss(chunks=2)(Z, Z, e1, e2)
+
+
+@pytest.mark.parametrize(
+    "module", [InfoNCELoss(), EquivarianceLoss(2), CAREloss(chunks=2, shared_views=True)]
+)
+def test_modules_take_one_row_a_sample(module):
+    maps = torch.randn(8, 4, 3, 3)  # a user has forgotten to pool them
+    assert_refused(lambda: module(maps, maps), "`z1` must have shape (N, D), got (8, 4, 3, 3)")
+    if isinstance(module, CAREloss):
+        sentence = "`equivariant1` must have shape (N, D)"
+        assert_refused(lambda: module(Z, Z, maps, maps), sentence)
+
+
 @pytest.mark.parametrize("loss", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
 def test_a_single_row(loss):
     assert_refused(lambda: loss(Z[:1], Z[:1]), "shape (*, N, D) with N >= 2 and D >= 1, got (1, 4)")
@@ -85,13 +103,13 @@ def nothing(images):
 
 
 CHUNKS = {
-    "zero": (0, "int >= 1 (for a single batch also a tensor of ids), got int 0"),
+    "zero": (0, "int >= 1, got int 0"),
     "negative": (-1, "got int -1"),
     "a fraction": (2.0, "got float 2.0"),
     "a boolean": (True, "got bool True"),
     "a word": ("2", "got str '2'"),
-    "a list": ([2], "got list [2]"),
-    "nothing": (None, "got NoneType None"),
+    "a list": ([2], "got list"),
+    "nothing": (None, "got NoneType"),
 }
 IDS = {
     "the wrong length": (torch.arange(7), "integers of shape (8,), got torch.int64 of shape (7,)"),
@@ -243,8 +261,21 @@ def test_bad_batches_of_images():
         lambda: shared_views(Z[:1], nothing, chunks=2), "N >= 2, got torch.float32 of shape (1, 4)"
     )
     assert_refused(lambda: shared_views(Z[:, 0], nothing, chunks=2), "shape (N, ...)")
+
+
+def test_bad_samples():
     collate = SharedAugmentCollate(nothing, chunks=2)
     assert_refused(lambda: collate([(Z[0], 0)]), "at least 2 samples, got 1")
+    for sample in (Z[0], Z[:2], (Z[0],), (Z[0], 0, 1), {"image": Z[0], "label": 0}):
+        assert_refused(lambda s=sample: collate([s, s]), "pairs (image, label), got ")
+    for transform in (lambda x: [x, x], lambda x: x.numpy()):
+        for broken in (
+            SharedAugmentCollate(transform, chunks=2),
+            SharedAugmentCollate(nothing, chunks=2, own=transform),
+        ):
+            sentence = "must turn an image into a tensor, got "
+            assert_refused(lambda c=broken: c([(Z[0], 0), (Z[1], 0)]), sentence)
+        assert_refused(lambda t=transform: assert_shared(t, Z[0], batched=False), sentence)
 
 
 def test_transforms_that_return_no_batch():

@@ -208,7 +208,7 @@ def test_a_transform_that_treats_images_one_by_one_is_refused(device):
 
 def test_a_transform_with_a_private_generator_is_refused():
     private = random.Random(0)
-    with pytest.raises(ValueError, match="not its own"):
+    with pytest.raises(ValueError, match="or seed another"):
         assert_shared(lambda x: x * private.random(), torch.rand(3, 8, 8), batched=False)
 
 
@@ -226,3 +226,13 @@ def test_assert_shared_leaves_the_image_as_it_was():
     for batched in (True, False):
         assert_shared(lambda x: x.mul_(0.5 + torch.rand(())), image, batched=batched)
         assert torch.equal(image, before)
+
+
+def test_a_private_generator_that_is_seeded_from_random_is_accepted():
+    private = random.Random()
+
+    def transform(image):
+        private.seed(random.getrandbits(32))
+        return image * private.random()
+
+    assert_shared(transform, torch.rand(3, 8, 8), batched=False)
