@@ -2,8 +2,8 @@
 
 They are those of the paper (Gupta et al., ICLR 2024, appendix), on the scale of the authors' code,
 which grows with the chunk size. The comments in the source give the same weight on the scale
-`"mean"`, :math:`2(n-1)` times as much, for the batch it was used with, and what the authors' scripts
-set instead. A changed recipe is `RECIPES["cifar10"] | {"chunks": 8}`.
+`"mean"`, :math:`2(n-1)` times as much, for the batch it was used with, and what the authors'
+scripts set instead. A changed recipe is `RECIPES["cifar10"] | {"chunks": 8}`.
 """
 
 from typing import Any
