@@ -52,4 +52,4 @@ $(VENV)/.%: $(RUN) pyproject.toml constraints.txt
 $(RUN):
 	@$(PYTHON) -c "import sys; sys.exit('care_loss needs Python >= 3.10: make PYTHON=python3.12 ...' \
 		if sys.version_info < (3, 10) else 0)"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || (rm -rf $(VENV); false)

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 
-def embeddings(**tensors: Any) -> None:
-    """Require floating point tensors of one shape `(*, N, D)`, one dtype and one device."""
+def embeddings(*, leading: bool = True, **tensors: Any) -> None:
+    """Require floating point tensors of one shape, one dtype and one device.
+
+    The shape is `(*, N, D)`, as the functions take it, or `(N, D)`, as the modules do.
+    """
     for name, z in tensors.items():
         _floating(name, z)
     (name, first), *others = tensors.items()
-    if first.ndim < 2 or first.shape[-2] < 2 or first.shape[-1] < 1:
+    ndim_is_right = first.ndim >= 2 if leading else first.ndim == 2
+    if not ndim_is_right or first.shape[-2] < 2 or first.shape[-1] < 1:
         raise ValueError(
-            f"`{name}` must have shape (*, N, D) with N >= 2 and D >= 1, got {tuple(first.shape)}: "
-            "give one row a sample; a row alone has no other to form a pair with."
+            f"`{name}` must have shape {'(*, N, D)' if leading else '(N, D)'} with N >= 2 and "
+            f"D >= 1, got {tuple(first.shape)}: give one row a sample, as .flatten(1) does; "
+            "a row alone has no other to form a pair with."
         )
     for other_name, other in others:
         for what in ("shape", "dtype", "device"):
@@ -28,17 +33,6 @@ def embeddings(**tensors: Any) -> None:
                     f"`{name}` and `{other_name}` must have the same {what}, got {_kind(first)} "
                     f"and {_kind(other)}: embed the same samples in both, alike."
                 )
-
-
-def matrices(**tensors: Any) -> None:
-    """Require embeddings of shape `(N, D)`, as the modules take them."""
-    embeddings(**tensors)
-    for name, z in tensors.items():
-        if z.ndim != 2:
-            raise ValueError(
-                f"`{name}` must have shape (N, D), got {tuple(z.shape)}: make one row of each "
-                "sample, as with .flatten(1) (functions take leading dimensions)."
-            )
 
 
 def queue(negatives: Any, z: Tensor) -> None:
@@ -89,7 +83,7 @@ def scale(value: Any) -> None:
     _choice("scale", value, ("mean", "authors"))
 
 
-def temperature(value: Any) -> None:
+def temperature(value: Any, device: torch.device) -> None:
     """Require a temperature > 0: a number, or a tensor without dimensions."""
     if not isinstance(value, Tensor):
         number("temperature", value)
@@ -98,6 +92,8 @@ def temperature(value: Any) -> None:
             f"`temperature` must be a number or a floating point tensor of shape (), got "
             f"{_kind(value)}: one temperature serves all rows."
         )
+    elif value.device.type != "cpu":  # a single number may stay there
+        _on_device("temperature", value, device)
 
 
 def number(name: str, value: Any, *, or_zero: bool = False) -> None:

@@ -30,7 +30,8 @@ def ids(chunks: int | Tensor, n: int, device: torch.device) -> Tensor:
     if isinstance(chunks, Tensor):
         return chunks
     lengths = [m for k, m in runs(chunks, n) for _ in range(k)]
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    numbers = torch.arange(len(lengths), device="cpu")  # whatever the default device is
+    return numbers.repeat_interleave(torch.tensor(lengths, device="cpu")).to(device)
 
 
 def members(ids: Tensor) -> list[Tensor]:

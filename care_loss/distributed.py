@@ -1,12 +1,13 @@
 """Gathering embeddings across processes, with gradient."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as collectives
 from torch import Tensor
 
 
-def all_gather(x: Tensor, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
+def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -> Tensor:
     """Concatenate the rows of all processes in the order of their ranks.
 
     The backward sums the gradients that all processes have for a row and returns them to its owner.
@@ -26,5 +27,21 @@ def all_gather(x: Tensor, *, process_group: dist.ProcessGroup | None = None) -> 
     """
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    group = dist.group.WORLD if process_group is None else process_group
-    return torch.cat(collectives.all_gather(x.contiguous(), group=group))
+    gathered: Tensor = _AllGather.apply(x, process_group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)  # all_reduce is in place
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None

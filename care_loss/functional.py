@@ -1,8 +1,8 @@
 """The losses as formulas: pure functions of embeddings `(*, N, D)`.
 
 Rows are embeddings, and every function normalises them. Leading dimensions are free: each index of
-them is one batch, and `reduction="mean"` averages over them too. Half types are computed in
-float32 and give a float32 loss; float64 is kept. Nothing here waits for a GPU.
+them is one batch, and `reduction="mean"` averages over them too. Half types are computed in float32
+at least and give a float32 loss; float64 is kept. Nothing here waits for a GPU.
 
 Autocast is switched off around the products. A backward that runs under autocast all the same
 (inside its context, or compiled there) rounds the gradient of InfoNCE to 16 bits like all others;
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
-from care_loss.sphere import normalize
+from care_loss.sphere import computed_in, normalize
 
 Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
@@ -71,7 +71,7 @@ def info_nce_loss(
         2020, equation 1.
     """
     _checks.embeddings(z1=z1, z2=z2)
-    _checks.temperature(temperature)
+    _checks.temperature(temperature, z1.device)
     _checks.reduction(reduction)
     if negatives is not None:
         _checks.queue(negatives, z1)
@@ -121,7 +121,7 @@ def equivariance_loss(
         chunks: How many contiguous chunks to cut the rows into, with the boundaries of
             `torch.tensor_split`; a batch too small for them gets `N // 2`. Or integer ids `(N,)`:
             rows with one id form a chunk, and a row alone with its id counts nothing (the loss is 0
-            where all are alone).
+            where all are alone). Ids cost the products of all N rows, an int those of its chunks.
         scale: `"mean"` over the pairs, or `"authors"`, the published code's
             :math:`\frac{2}{n} \sum_{i \ne j}`, which is :math:`2(n-1)` times as much.
         reduction: `"mean"` for a scalar, `"none"` for a value a chunk (not with ids).
@@ -149,17 +149,13 @@ def equivariance_loss(
     _checks.chunks(chunks, z1.shape[-2], z1.device)
     _checks.scale(scale)
     _checks.reduction(reduction, chunks)
-    # Near its minimum the gap is a small difference of numbers near 1, and float32 products may be
-    # rounded further without our asking: to TF32 on CUDA, to 16 bits in a backward under autocast.
-    # Apple's GPUs have no float64.
-    exact = torch.float32 if z1.device.type == "mps" else torch.float64
-    u, v = _unit_rows(z1.to(exact)), _unit_rows(z2.to(exact))
+    u, v = _exact_unit_rows(z1), _exact_unit_rows(z2)
     if isinstance(chunks, Tensor):
         loss = _gap_by_id(u, v, chunks, scale)
     else:
         stacks = zip(_chunks.split(u, chunks), _chunks.split(v, chunks), strict=True)
         loss = torch.cat([_gap_of_chunks(p, q, scale) for p, q in stacks], -1)
-    loss = loss.to(_computed_in(z1))
+    loss = loss.to(computed_in(z1))
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -191,14 +187,15 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
     """
     _checks.embeddings(z=z)
     _checks.number("t", t)
-    z = _unit_rows(z)
+    u = _exact_unit_rows(z)
     n = z.shape[-2]
     with torch.autocast(z.device.type, enabled=False):
-        squared_norm = z.square().sum(-1, keepdim=True)  # 1, or 0 for a zero row
-        squared_distance = squared_norm + squared_norm.mT - 2 * z @ z.mT
-        diagonal = torch.eye(n, dtype=torch.bool, device=z.device)
-        exponents = (-t * squared_distance).masked_fill(diagonal, -torch.inf)
-        return (exponents.logsumexp((-2, -1)) - math.log(n * (n - 1))).mean()
+        squared_norm = u.square().sum(-1, keepdim=True)  # 1, or 0 for a zero row
+        squared_distance = squared_norm + squared_norm.mT - 2 * u @ u.mT
+        own = torch.eye(n, dtype=torch.bool, device=z.device)
+        exponents = (-t * squared_distance).masked_fill(own, -torch.inf)
+        loss = exponents.logsumexp((-2, -1)) - math.log(n * (n - 1))
+    return loss.mean().to(computed_in(z))
 
 
 def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -238,12 +235,17 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     return distance.mean()
 
 
-def _computed_in(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
-
-
 def _unit_rows(z: Tensor) -> Tensor:
-    return normalize(z.to(_computed_in(z)))
+    return normalize(z.to(computed_in(z)))
+
+
+def _exact_unit_rows(z: Tensor) -> Tensor:
+    """Return unit rows in float64, for small differences of products that are near 1.
+
+    Products in float32 would lose them, and may be rounded further without our asking: to TF32 on
+    CUDA, to 16 bits in a backward under autocast. Apple's GPUs have no float64.
+    """
+    return normalize(z.to(torch.float32 if z.device.type == "mps" else torch.float64))
 
 
 def _logits_of_others(a: Tensor, b: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class EquivarianceLoss(nn.Module):
 
         `chunks`, an int or ids `(N,)`, replaces the constructor's for this batch.
         """
-        _checks.matrices(z1=z1, z2=z2)
+        _checks.embeddings(leading=False, z1=z1, z2=z2)
         chunks = self.chunks if chunks is None else chunks
         return equivariance_loss(z1, z2, chunks=chunks, scale=self.scale, reduction=self.reduction)
 
@@ -201,10 +201,10 @@ class CAREloss(nn.Module):
         """
         _checks.equivariant_pair(equivariant1, equivariant2, self.shared_views)
         if equivariant1 is None or equivariant2 is None:
-            _checks.matrices(z1=z1, z2=z2)
+            _checks.embeddings(leading=False, z1=z1, z2=z2)
             equivariant1, equivariant2 = z1, z2
         else:
-            _checks.matrices(equivariant1=equivariant1, equivariant2=equivariant2)
+            _checks.embeddings(leading=False, equivariant1=equivariant1, equivariant2=equivariant2)
         if self.base_loss is None:
             base = _info_nce(z1, z2, self.temperature, "mean", self.gather_distributed)
         else:
@@ -226,7 +226,7 @@ class CAREloss(nn.Module):
 def _info_nce(
     z1: Tensor, z2: Tensor, temperature: float, reduction: Reduction, gather_distributed: bool
 ) -> Tensor:
-    _checks.matrices(z1=z1, z2=z2)
+    _checks.embeddings(leading=False, z1=z1, z2=z2)
     if gather_distributed:
         z1, z2 = all_gather(z1), all_gather(z2)
     return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)

@@ -10,7 +10,7 @@ def normalize(x: Tensor) -> Tensor:
     .. math:: x \mapsto x / \lVert x \rVert
 
     A zero vector stays zero and gets a gradient of exactly 0. Lengths may be anything the dtype can
-    hold: nothing overflows or underflows on the way (`F.normalize` turns float16 rows of length
+    hold: no value overflows or underflows on the way (`F.normalize` turns float16 rows of length
     256 and more into zeros). A vector that contains NaN or an infinity becomes NaN.
 
     Args:
@@ -25,7 +25,7 @@ def normalize(x: Tensor) -> Tensor:
                 [0.0000, 0.0000],
                 [0.6000, 0.8000]])
     """
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = x.to(computed_in(x))
     # x/‖x‖ does not change when x is divided by a constant, and the largest entry may be treated
     # as one: it brings every sum of squares into [1, D]. Dividing a zero row by infinity makes both
     # the row and its gradient exactly 0.
@@ -34,3 +34,8 @@ def normalize(x: Tensor) -> Tensor:
     # Only zero rows are below 1, so the clamp changes nothing else.
     length = y.square().sum(-1, keepdim=True).clamp_min(1).sqrt()
     return (y / length).to(x.dtype)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float32 for half types, else that of `x`."""
+    return torch.promote_types(x.dtype, torch.float32)

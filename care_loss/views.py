@@ -118,7 +118,8 @@ class SharedAugmentCollate:
         views = []
         if self.own is not None:
             views += [
-                torch.stack([_checks.view(self.own(image)) for image in images]) for _ in range(2)
+                torch.stack([_checks.view(self.own(_copy(image))) for image in images])
+                for _ in range(2)
             ]
         for seeds in torch.randint(2**32, (2, int(ids[-1]) + 1)):  # a seed for each view and chunk
             views.append(torch.stack(_replay(self.transform, images, seeds[ids].tolist())))
@@ -176,7 +177,7 @@ def _replay(transform: Transform, images: Sequence[Any], seeds: Sequence[int]) -
             random.seed(seed)
             if numpy:
                 numpy.random.seed(seed)
-            views.append(_checks.view(transform(image)))
+            views.append(_checks.view(transform(_copy(image))))
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
@@ -185,12 +186,17 @@ def _replay(transform: Transform, images: Sequence[Any], seeds: Sequence[int]) -
     return views
 
 
+def _copy(image: Any) -> Any:
+    """Copy an image, for transforms that work in place."""
+    return image.clone() if isinstance(image, Tensor) else deepcopy(image)
+
+
 def _copies(transform: Callable[[Any], Tensor], image: Any, batched: bool) -> list[Tensor]:
     """Transform four copies of an image as the four images of one chunk."""
     if batched:
         return list(_checks.views(transform(torch.stack([image] * 4)), 4))
     seed = int(torch.randint(2**32, ()))
-    return _replay(transform, [deepcopy(image) for _ in range(4)], [seed] * 4)
+    return _replay(transform, [image] * 4, [seed] * 4)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""Gathering, in two real processes."""
+"""Gathering, in real processes."""
+
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from care_loss import CAREloss, InfoNCELoss
 from care_loss.distributed import all_gather
 from care_loss.functional import info_nce_loss
 
-WORLD, ROWS = 2, 6
+WORLD, ROWS = 3, 6
 
 
 def rows():
@@ -19,6 +21,7 @@ def rows():
 
 def process(rank, init_method):
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=WORLD)
+    warnings.simplefilter("error")  # pytest's filter does not reach this process
     try:
         z = rows()
         x = z[0]
@@ -26,6 +29,17 @@ def process(rank, init_method):
         assert torch.equal(gathered, x.flatten(0, 1))
         same = all_gather(x[rank], process_group=dist.group.WORLD)
         assert torch.equal(same, gathered)
+
+        members = [1, 2]  # a group in which ranks are other than in the world
+        group = dist.new_group(members)
+        if rank in members:
+            part = x[rank].clone().requires_grad_()
+            of_group = all_gather(part, process_group=group)
+            assert torch.equal(of_group, x[members].flatten(0, 1))
+            weights = torch.arange(2.0 * ROWS, dtype=x.dtype)[:, None]
+            (weights * of_group).sum().backward()
+            own = weights.unflatten(0, (2, ROWS))[members.index(rank)]
+            torch.testing.assert_close(part.grad, 2 * own.expand_as(part))  # from both members
 
         everything = z.flatten(1, 2).requires_grad_()
         expected = info_nce_loss(*everything)
@@ -53,7 +67,7 @@ def process(rank, init_method):
         dist.destroy_process_group()
 
 
-def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
+def test_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
     mp.spawn(process, args=(f"file://{tmp_path}/rendezvous",), nprocs=WORLD)
 
 

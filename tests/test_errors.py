@@ -30,7 +30,7 @@ PAIR_LOSSES = {
 PAIRS = {
     "shapes that differ": (Z, Z[:7], "same shape, got torch.float32 of shape (8, 4) on cpu and"),
     "widths that differ": (Z, Z[:, :3], "same shape, got torch.float32 of shape (8, 4) on cpu and"),
-    "one dimension": (Z[0], Z[0], "shape (*, N, D)"),
+    "one dimension": (Z[0], Z[0], "N, D) with N >= 2 and D >= 1, got (4,)"),
     "no columns": (Z[:, :0], Z[:, :0], "D >= 1"),
     "integers": (Z.long(), Z.long(), "floating point dtype, got torch.int64 of shape (8, 4)"),
     "booleans": (Z > 0, Z > 0, "floating point dtype, got torch.bool"),
@@ -82,7 +82,10 @@ def test_bad_equivariant_pairs_are_called_by_their_names(pair):
 )
 def test_modules_take_one_row_a_sample(module):
     maps = torch.randn(8, 4, 3, 3)  # a user has forgotten to pool them
-    assert_refused(lambda: module(maps, maps), "`z1` must have shape (N, D), got (8, 4, 3, 3)")
+    assert_refused(
+        lambda: module(maps, maps),
+        "`z1` must have shape (N, D) with N >= 2 and D >= 1, got (8, 4, 3, 3)",
+    )
     if isinstance(module, CAREloss):
         sentence = "`equivariant1` must have shape (N, D)"
         assert_refused(lambda: module(Z, Z, maps, maps), sentence)
@@ -90,7 +93,7 @@ def test_modules_take_one_row_a_sample(module):
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
 def test_a_single_row(loss):
-    assert_refused(lambda: loss(Z[:1], Z[:1]), "shape (*, N, D) with N >= 2 and D >= 1, got (1, 4)")
+    assert_refused(lambda: loss(Z[:1], Z[:1]), "N, D) with N >= 2 and D >= 1, got (1, 4)")
 
 
 def test_uniformity_checks_its_rows():
@@ -205,6 +208,9 @@ def test_bad_temperature_tensors():
     for tensor in (torch.ones(1), torch.ones(8, 1), torch.tensor(1)):
         sentence = "number or a floating point tensor of shape ()"
         assert_refused(lambda t=tensor: info_nce_loss(Z, Z, temperature=t), sentence)
+    elsewhere = torch.tensor(0.5, device="meta")
+    sentence = "`temperature` must be on the device of the embeddings"
+    assert_refused(lambda: info_nce_loss(Z, Z, temperature=elsewhere), sentence)
     # A module remembers plain values; a learned temperature is the function's.
     assert_refused(lambda: InfoNCELoss(torch.tensor(0.5)), "finite number > 0, got torch.float32")
 

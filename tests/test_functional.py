@@ -150,6 +150,14 @@ def test_uniformity_takes_a_zero_row_for_the_centre(device):
     torch.testing.assert_close(uniformity_loss(z), torch.tensor(-2.0, device=device))
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-4])
+def test_uniformity_keeps_its_digits_near_collapse(spread, device):
+    z = 1 + spread * torch.randn(64, 16, device=device)
+    result, truth = value_and_grad(uniformity_loss, z), value_and_grad(uniformity_loss, z.double())
+    assert truth[0] < 0
+    assert max(relative_errors(result, truth)) < 1e-6
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 3])
 def test_alignment_is_wang_and_isolas(alpha, device):
     for pair, _, _ in random_shapes(50):
@@ -203,7 +211,6 @@ def test_half_types_are_computed_in_float32(loss, half, device):
 def test_autocast_changes_nothing(loss, device):
     z1, z2 = torch.randn(2, 11, 5, device=device)
     with torch.autocast(device.type, torch.bfloat16):
-        assert torch.equal(loss(z1, z2), loss(z1.clone(), z2.clone()))
         inside = loss(z1, z2)
     assert torch.equal(inside, loss(z1, z2))
 

@@ -45,7 +45,8 @@ def test_not_zero_when_each_chunk_has_a_map_of_its_own_and_is_taken_for_one(z, s
     u, v = (normalize(view) for view in views)
     # Across the two chunks the inner products are u_i R1 R2' u_j, not u_i u_j.
     gap = (u @ u.mT - v @ v.mT).square().sum().item() / (len(u) * (len(u) - 1))
-    assert equivariance_loss(*views).item() == pytest.approx(gap, rel=1e-9, abs=1e-24)
+    assume(gap > 1e-12)
+    assert equivariance_loss(*views).item() == pytest.approx(gap, rel=1e-9)
 
 
 @given(embeddings(count=2))

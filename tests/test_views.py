@@ -93,6 +93,18 @@ def test_the_images_are_left_as_they_were(images):
     assert torch.equal(images, before)
 
 
+def test_the_images_of_a_dataset_are_left_as_they_were():
+    def in_place(image):
+        return image.mul_(0.5 + torch.rand(()))
+
+    dataset = [(torch.ones(3), k) for k in range(4)]
+    (own1, _, view1, view2, _), _ = SharedAugmentCollate(in_place, chunks=2, own=in_place)(dataset)
+    assert all((image == 1).all() for image, _ in dataset)
+    for view in (own1, view1, view2):  # each drawn for the image as it was
+        assert ((view > 0.5) & (view < 1.5)).all()
+    assert torch.equal(view2[0], view2[1])
+
+
 def samples(count=11):
     return [(torch.full((3, 4, 4), 1.0 + k), k) for k in range(count)]
 

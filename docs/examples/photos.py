@@ -247,6 +247,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("build/photos"))
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
 
     torch.manual_seed(0)  # every seed has the same patches
     pieces: tuple[list[Tensor], list[Tensor]] = [], []
