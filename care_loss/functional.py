@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
-from care_loss.sphere import computed_in, normalize
+from care_loss.sphere import _computed_in, normalize
 
 Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
@@ -155,7 +155,7 @@ def equivariance_loss(
     else:
         stacks = zip(_chunks.split(u, chunks), _chunks.split(v, chunks), strict=True)
         loss = torch.cat([_gap_of_chunks(p, q, scale) for p, q in stacks], -1)
-    loss = loss.to(computed_in(z1))
+    loss = loss.to(_computed_in(z1))
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -195,7 +195,7 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
         own = torch.eye(n, dtype=torch.bool, device=z.device)
         exponents = (-t * squared_distance).masked_fill(own, -torch.inf)
         loss = exponents.logsumexp((-2, -1)) - math.log(n * (n - 1))
-    return loss.mean().to(computed_in(z))
+    return loss.mean().to(_computed_in(z))
 
 
 def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -236,7 +236,7 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
 
 
 def _unit_rows(z: Tensor) -> Tensor:
-    return normalize(z.to(computed_in(z)))
+    return normalize(z.to(_computed_in(z)))
 
 
 def _exact_unit_rows(z: Tensor) -> Tensor:

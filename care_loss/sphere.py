@@ -25,7 +25,7 @@ def normalize(x: Tensor) -> Tensor:
                 [0.0000, 0.0000],
                 [0.6000, 0.8000]])
     """
-    y = x.to(computed_in(x))
+    y = x.to(_computed_in(x))
     # x/‖x‖ does not change when x is divided by a constant, and the largest entry may be treated
     # as one: it brings every sum of squares into [1, D]. Dividing a zero row by infinity makes both
     # the row and its gradient exactly 0.
@@ -36,6 +36,6 @@ def normalize(x: Tensor) -> Tensor:
     return (y / length).to(x.dtype)
 
 
-def computed_in(x: Tensor) -> torch.dtype:
+def _computed_in(x: Tensor) -> torch.dtype:
     """Return the dtype to compute in: float32 for half types, else that of `x`."""
     return torch.promote_types(x.dtype, torch.float32)
