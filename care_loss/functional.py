@@ -6,7 +6,7 @@ at least and give a float32 loss; float64 is kept. Nothing here waits for a GPU.
 
 Autocast is switched off around the products. A backward that runs under autocast all the same
 (inside its context, or compiled there) rounds the gradient of InfoNCE to 16 bits like all others;
-the equivariance loss, which could not bear that, is computed in float64.
+the equivariance and uniformity losses, which could not bear that, are computed in float64.
 """
 
 import math
@@ -83,10 +83,11 @@ def info_nce_loss(
             queue = _unit_rows(negatives).to(u.dtype)
             negative = (scaled @ queue.mT).logsumexp(-1)
         else:
+            own = torch.eye(z1.shape[-2], dtype=torch.bool, device=z1.device)
+            within1 = (scaled @ u.mT).masked_fill_(own, -torch.inf)
+            within2 = (v / temperature @ v.mT).masked_fill_(own, -torch.inf)
             # One block of products serves the anchors of both views, by rows and by columns.
-            across = _logits_of_others(scaled, v)
-            within1 = _logits_of_others(scaled, u)
-            within2 = _logits_of_others(v / temperature, v)
+            across = (scaled @ v.mT).masked_fill_(own, -torch.inf)
             negative1 = torch.logaddexp(within1.logsumexp(-1), across.logsumexp(-1))
             negative2 = torch.logaddexp(within2.logsumexp(-1), across.logsumexp(-2))
             negative = torch.stack((negative1, negative2), -2)
@@ -246,12 +247,6 @@ def _exact_unit_rows(z: Tensor) -> Tensor:
     CUDA, to 16 bits in a backward under autocast. Apple's GPUs have no float64.
     """
     return normalize(z.to(torch.float32 if z.device.type == "mps" else torch.float64))
-
-
-def _logits_of_others(a: Tensor, b: Tensor) -> Tensor:
-    """Return the products of all rows but those of one sample, `(*, N, D)` -> `(*, N, N)`."""
-    own = torch.eye(a.shape[-2], dtype=torch.bool, device=a.device)
-    return (a @ b.mT).masked_fill_(own, -torch.inf)
 
 
 def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:
