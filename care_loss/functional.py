@@ -84,10 +84,10 @@ def info_nce_loss(
             negative = (scaled @ queue.mT).logsumexp(-1)
         else:
             own = torch.eye(z1.shape[-2], dtype=torch.bool, device=z1.device)
-            within1 = (scaled @ u.mT).masked_fill_(own, -torch.inf)
-            within2 = (v / temperature @ v.mT).masked_fill_(own, -torch.inf)
             # One block of products serves the anchors of both views, by rows and by columns.
             across = (scaled @ v.mT).masked_fill_(own, -torch.inf)
+            within1 = (scaled @ u.mT).masked_fill_(own, -torch.inf)
+            within2 = (v / temperature @ v.mT).masked_fill_(own, -torch.inf)
             negative1 = torch.logaddexp(within1.logsumexp(-1), across.logsumexp(-1))
             negative2 = torch.logaddexp(within2.logsumexp(-1), across.logsumexp(-2))
             negative = torch.stack((negative1, negative2), -2)
