@@ -28,7 +28,7 @@ wheel: $(RUN)
 	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests that know nothing of the checkout, against the wheel in an environment of its own.
-WHEEL_TESTS = functional theorems modules recipes views errors sphere distributed
+WHEEL_TESTS = functional theorems modules recipes views errors sphere rotation distributed
 test-wheel: wheel
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -r tests pyproject.toml build/wheel

@@ -1,7 +1,7 @@
 """Every sentence an argument error can say: *requirement, got X: what to do*.
 
-The checks read types, shapes, dtypes, devices and Python numbers, never the values of a tensor:
-reading those would make the host wait for the device at every step.
+The checks read types, shapes, dtypes, devices and Python numbers, never the values of a tensor on a
+device: reading those would make the host wait for it at every step.
 """
 
 import math
@@ -191,6 +191,73 @@ def views(value: Any, n: int) -> Tensor:
     return value
 
 
+def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
+    """Require rows `(*, N, D)` to fit a rotation to, and a weight `(*, N)` for each or None."""
+    _floating("source", source)
+    _floating("target", target)
+    if source.ndim < 2 or source.shape[-2] < 1 or source.shape[-1] < 1:
+        raise ValueError(
+            "`source` must have shape (*, N, D) with N >= 1 and D >= 1, got "
+            f"{tuple(source.shape)}: pass one vector per row."
+        )
+    if source.shape[-2:] != target.shape[-2:]:
+        raise ValueError(
+            "`source` and `target` must have the same N and D in their shapes (*, N, D), got "
+            f"{tuple(source.shape)} and {tuple(target.shape)}: row i of `target` is what row i of "
+            "`source` is mapped to."
+        )
+    _same_dtype_and_device("source", source, "target", target)
+    _broadcastable("source", source.shape[:-2], "target", target.shape[:-2])
+    if weights is None:
+        return
+    _floating("weights", weights)
+    if not weights.ndim or weights.shape[-1] != source.shape[-2]:
+        raise ValueError(
+            f"`weights` must have shape (*, {source.shape[-2]}), got {tuple(weights.shape)}: pass "
+            "one weight per row."
+        )
+    _on_device("weights", weights, source.device)
+    leading = _broadcastable("source", source.shape[:-2], "target", target.shape[:-2])
+    _broadcastable("source` and `target", leading, "weights", weights.shape[:-1])
+    _not_negative("weights", weights)
+
+
+def square(**tensors: Any) -> None:
+    """Require square matrices `(*, D, D)` of one dtype and device, with one D."""
+    for name, matrix in tensors.items():
+        _floating(name, matrix)
+        if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] < 1:
+            raise ValueError(
+                f"`{name}` must have shape (*, D, D) with D >= 1, got {tuple(matrix.shape)}: pass "
+                "square matrices."
+            )
+    (name, first), *others = tensors.items()
+    for other_name, other in others:
+        if first.shape[-1] != other.shape[-1]:
+            raise ValueError(
+                f"`{name}` and `{other_name}` must have the same D in their shapes (*, D, D), got "
+                f"{tuple(first.shape)} and {tuple(other.shape)}: pass two maps of the same space."
+            )
+        _same_dtype_and_device(name, first, other_name, other)
+        _broadcastable(name, first.shape[:-2], other_name, other.shape[:-2])
+
+
+def sample(dim: Any, batch_shape: Any, dtype: Any) -> None:
+    """Require a dimension >= 1, sizes >= 0 and a floating point dtype."""
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        raise ValueError(f"`dim` must be an int >= 1, got {_kind(dim)}: pass the dimension D.")
+    sizes = batch_shape if isinstance(batch_shape, (tuple, list)) else [None]
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError(
+            f"`batch_shape` must be a tuple of ints >= 0, got {batch_shape!r}: pass (n,) for n "
+            "matrices."
+        )
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(
+            f"`dtype` must be a floating point dtype, got {dtype!r}: pass torch.float32, say."
+        )
+
+
 def _floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(
@@ -205,6 +272,37 @@ def _on_device(name: str, value: Tensor, device: torch.device) -> None:
             f"`{name}` must be on the device of the embeddings, {device}, got {value.device}: "
             "move it with .to()."
         )
+
+
+def _same_dtype_and_device(name: str, first: Tensor, other_name: str, other: Tensor) -> None:
+    for what in ("dtype", "device"):
+        if getattr(first, what) != getattr(other, what):
+            raise ValueError(
+                f"`{name}` and `{other_name}` must have the same {what}, got {_kind(first)} and "
+                f"{_kind(other)}: convert one of them with .to()."
+            )
+
+
+def _broadcastable(name: str, shape: Any, other_name: str, other_shape: Any) -> Any:
+    try:
+        return torch.broadcast_shapes(shape, other_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"`{name}` and `{other_name}` must have leading dimensions that broadcast, got "
+            f"{tuple(shape)} and {tuple(other_shape)}: insert dimensions of 1 with .unsqueeze()."
+        ) from None
+
+
+def _not_negative(name: str, value: Tensor) -> None:
+    """Require values >= 0 where reading them costs nothing: on a CPU, outside of transforms."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        least = float(value.detach().min()) if value.numel() else 0.0
+    except RuntimeError:  # under vmap there is no single value to read
+        return
+    if least < 0:
+        raise ValueError(f"`{name}` must be >= 0, got {least}: set it to 0 to leave a row out.")
 
 
 def _choice(name: str, value: Any, options: tuple[str, ...]) -> None:

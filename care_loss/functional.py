@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
-from care_loss.sphere import _computed_in, normalize
+from care_loss.sphere import _computed_in, _exact, normalize
 
 Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
@@ -241,12 +241,8 @@ def _unit_rows(z: Tensor) -> Tensor:
 
 
 def _exact_unit_rows(z: Tensor) -> Tensor:
-    """Return unit rows in float64, for small differences of products that are near 1.
-
-    Products in float32 would lose them, and may be rounded further without our asking: to TF32 on
-    CUDA, to 16 bits in a backward under autocast. Apple's GPUs have no float64.
-    """
-    return normalize(z.to(torch.float32 if z.device.type == "mps" else torch.float64))
+    """Return unit rows in float64, for small differences of products that are near 1."""
+    return normalize(_exact(z))
 
 
 def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:

@@ -39,3 +39,12 @@ def normalize(x: Tensor) -> Tensor:
 def _computed_in(x: Tensor) -> torch.dtype:
     """Return the dtype to compute in: float32 for half types, else that of `x`."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Return `x` in float64, or in float32 on Apple's GPUs, which have no float64.
+
+    Products in float32 may be rounded further without our asking: to TF32 on CUDA, to 16 bits in a
+    backward under autocast.
+    """
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

@@ -86,3 +86,19 @@ def uniformity(z, t):
 def alignment(z1, z2, alpha):
     """Wang and Isola (2020), section 4.1."""
     return np.mean(np.linalg.norm(unit(z1) - unit(z2), axis=-1) ** alpha)
+
+
+def nearest_orthogonal(m, special=False):
+    """The orthogonal matrix nearest to `m`, where it is unique (Schönemann, 1966)."""
+    u, _, vh = np.linalg.svd(m)
+    if special and np.linalg.det(u @ vh) < 0:
+        u[:, -1] *= -1
+    return u @ vh
+
+
+def fit_rotation(x, y, w, special=False, eta=0.0):
+    """The orthogonal map from the rows of x to those of y, pulled towards the identity by eta."""
+    m = np.zeros((x.shape[1], x.shape[1]))
+    for row, image, weight in zip(x, y, w, strict=True):
+        m += weight * np.outer(row, image)
+    return nearest_orthogonal(m + eta * np.linalg.norm(m) * np.eye(len(m)), special)

@@ -15,6 +15,13 @@ from care_loss.functional import (
     info_nce_loss,
     uniformity_loss,
 )
+from care_loss.rotation import (
+    fit_rotation,
+    nearest_orthogonal,
+    random_orthogonal,
+    rotation_angles,
+    rotation_distance,
+)
 from care_loss.views import SharedAugmentCollate, assert_shared, shared_views
 
 Z = torch.randn(8, 4)
@@ -301,3 +308,85 @@ def test_the_checks_read_no_values(loss):
         assert equivariance_loss(z1, z2, chunks=torch.arange(8)).shape == ()
         with pytest.raises(Exception, match="_local_scalar_dense"):
             z1.sum().item()
+
+
+FITS = {
+    "one dimension": ((Z[0], Z[0]), "shape (*, N, D) with N >= 1 and D >= 1, got (4,)"),
+    "no rows": ((Z[:0], Z[:0]), "with N >= 1 and D >= 1, got (0, 4)"),
+    "no columns": ((Z[:, :0], Z[:, :0]), "with N >= 1 and D >= 1, got (8, 0)"),
+    "numbers of rows that differ": ((Z, Z[:7]), "(*, N, D), got (8, 4) and (7, 4)"),
+    "widths that differ": ((Z, Z[:, :3]), "(*, N, D), got (8, 4) and (8, 3)"),
+    "a target of one dimension": ((Z, Z[0]), "(*, N, D), got (8, 4) and (4,)"),
+    "batches that differ": ((Z.expand(2, 8, 4), Z.expand(3, 8, 4)), "broadcast, got (2,) and (3,)"),
+    "integers": ((Z.long(), Z.long()), "`source` must be a torch.Tensor of a floating point dtype"),
+    "complex numbers": ((Z, Z + 0j), "`target` must be a torch.Tensor of a floating point dtype"),
+    "NumPy arrays": ((Z.numpy(), Z.numpy()), "got numpy.ndarray"),
+    "dtypes that differ": ((Z, Z.double()), "the same dtype, got torch.float32"),
+    "devices that differ": ((Z, Z.to("meta")), "the same device, got torch.float32"),
+}
+WEIGHTS = {
+    "the wrong number": (torch.ones(7), "`weights` must have shape (*, 8), got (7,)"),
+    "a column": (torch.ones(8, 1), "`weights` must have shape (*, 8), got (8, 1)"),
+    "a scalar": (torch.tensor(1.0), "`weights` must have shape (*, 8), got ()"),
+    "a number": (2.0, "`weights` must be a torch.Tensor of a floating point dtype, got float 2.0"),
+    "integers": (torch.ones(8).long(), "`weights` must be a torch.Tensor of a floating point"),
+    "booleans": (torch.ones(8) > 0, "`weights` must be a torch.Tensor of a floating point dtype"),
+    "a negative one": (torch.arange(8.0) - 1, "`weights` must be >= 0, got -1.0"),
+    "another device": (torch.ones(8, device="meta"), "device of the embeddings, cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize(("rows", "sentence"), FITS.values(), ids=FITS)
+def test_bad_rows_to_fit(rows, sentence):
+    assert_refused(lambda: fit_rotation(*rows), sentence)
+
+
+@pytest.mark.parametrize(("weights", "sentence"), WEIGHTS.values(), ids=WEIGHTS)
+def test_bad_weights(weights, sentence):
+    assert_refused(lambda: fit_rotation(Z, Z, weights=weights), sentence)
+
+
+def test_weights_must_broadcast_with_the_rows():
+    rows = Z.expand(3, 8, 4)
+    sentence = "`weights` must have leading dimensions that broadcast, got (3,) and (2,)"
+    assert_refused(lambda: fit_rotation(rows, Z, weights=torch.ones(2, 8)), sentence)
+
+
+def test_bad_matrices():
+    square = torch.eye(4)
+    for call, sentence in (
+        (
+            lambda: nearest_orthogonal(Z),
+            "`matrix` must have shape (*, D, D) with D >= 1, got (8, 4)",
+        ),
+        (lambda: nearest_orthogonal(Z[0]), "shape (*, D, D) with D >= 1, got (4,)"),
+        (lambda: nearest_orthogonal(Z[:0, :0]), "shape (*, D, D) with D >= 1, got (0, 0)"),
+        (
+            lambda: nearest_orthogonal(square.long()),
+            "`matrix` must be a torch.Tensor of a floating",
+        ),
+        (lambda: rotation_angles(square + 0j), "`rotation` must be a torch.Tensor of a floating"),
+        (lambda: rotation_distance(square, Z), "`rotation2` must have shape (*, D, D)"),
+        (
+            lambda: rotation_distance(square, torch.eye(3)),
+            "the same D in their shapes (*, D, D), got",
+        ),
+        (lambda: rotation_distance(square, square.double()), "must have the same dtype, got"),
+        (lambda: rotation_distance(square, square.to("meta")), "must have the same device, got"),
+        (
+            lambda: rotation_distance(square.expand(2, 4, 4), square.expand(3, 4, 4)),
+            "leading dimensions that broadcast, got (2,) and (3,)",
+        ),
+    ):
+        assert_refused(call, sentence)
+
+
+def test_bad_samples_of_matrices():
+    for dim in (0, -1, 2.0, True, None, torch.tensor(3)):
+        assert_refused(lambda d=dim: random_orthogonal(d), "`dim` must be an int >= 1, got ")
+    for shape in (3, (-1,), (2.0,), "2"):
+        sentence = "`batch_shape` must be a tuple of ints >= 0, got "
+        assert_refused(lambda s=shape: random_orthogonal(3, batch_shape=s), sentence)
+    for dtype in (torch.int64, torch.complex64, "float32"):
+        sentence = "`dtype` must be a floating point dtype, got "
+        assert_refused(lambda d=dtype: random_orthogonal(3, dtype=d), sentence)

@@ -14,10 +14,11 @@ import care_loss
 PACKAGE = Path(care_loss.__file__).parent
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
-    "__init__": {"distributed", "functional", "modules", "recipes", "sphere", "views"},
+    "__init__": {"distributed", "functional", "modules", "recipes", "rotation", "sphere", "views"},
     "modules": {"_checks", "distributed", "functional"},
     "functional": {"_checks", "_chunks", "sphere"},
     "views": {"_checks", "_chunks"},
+    "rotation": {"_checks", "sphere"},
     "distributed": set(),
     "recipes": set(),
     "sphere": set(),
@@ -111,14 +112,15 @@ def test_the_package_stays_small():
         lines_of_code('"""Doc."""\n\n# why\nx = 1\n\ndef f():\n    """Doc."""\n    return 1\n') == 3
     )
     total = sum(lines_of_code(path.read_text()) for path in PACKAGE.rglob("*.py"))
-    assert total <= 545, f"{total} lines of code"
+    assert total <= 900, f"{total} lines of code"
 
 
 def test_every_public_function_has_types_and_a_docstring():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                inherited = node.name in ("forward", "backward", "extra_repr")
+                function = ("forward", "setup_context", "backward", "jvp", "vmap")
+                inherited = node.name in (*function, "extra_repr")
                 assert ast.get_docstring(node) or inherited, f"{path.name}: {node.name}"
             if isinstance(node, ast.FunctionDef):
                 assert node.returns is not None, f"{path.name}: {node.name}"
