@@ -107,12 +107,14 @@ def fit_rotation(
         left, right = _fit_few_rows(a, b, special, eps)
         # What differs from the identity is exactly 0 where the inputs are equal.
         right = right - right.detach().masked_fill(~equal, 0)
-        rotation = (left.mT @ right).to(dtype)
+        # Strips of the product stay in the cache until they are cast.
+        strips = [(strip.mT @ right).to(dtype) for strip in left.split(512, -1)]
+        rotation = torch.cat(strips, -2)
         rotation.diagonal(dim1=-2, dim2=-1).add_(1)
         if dtype == x.dtype and 8 * n >= d:  # elsewhere the cast to `dtype` is the larger error
             rotation = rotation + (_polished(rotation.detach()) - rotation.detach())
         mapped = x + x @ left.mT @ right
-        gap = right[..., 0, 0] * 0  # NaN where the inputs are not finite
+        gap = (right[..., 0, 0] * 0).abs()  # NaN where the inputs are not finite
     else:
         rotation, _, values = _polar(a.mT @ b, special=special, complete=True, eps=eps, size=n)
         # I - R is exact next to I, and so is R + (I - R).
@@ -120,7 +122,7 @@ def fit_rotation(
         rotation = rotation + (identity - rotation.detach()).masked_fill(~equal, 0)
         mapped = x @ rotation
         rotation = rotation.to(dtype)
-        gap = _gap(values, special, max(n, d) * eps)
+        gap = _gap(values, special, eps, max(n, d))
     residual = _residual(mapped.detach(), y.detach(), w.detach())
     return RotationFit(rotation, residual.to(gap_dtype), gap.detach().to(gap_dtype))
 
@@ -211,7 +213,7 @@ def random_orthogonal(
     # R with a positive diagonal makes Q unique, and so as uniform as the Gaussian matrix.
     q = q * signs.to(q.dtype).unsqueeze(-2)
     if special:
-        q = _with_last_column_times(q, _determinant(q))
+        q = _with_last_times(q, _determinant(q)[..., None, None])
     return q.to(dtype)
 
 
@@ -296,13 +298,13 @@ def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """
     w = w.unsqueeze(-1)
     length = _largest(x, -1)
-    b = y / _largest(y, -2, -1) * (w / _largest(w, -2)) * (length / length.amax(-2, keepdim=True))
+    b = y / _largest(y, -2, -1) * (w / _largest(w, -2) * (length / _largest(length, -2)))
     return x / length, b / _largest(b, -2, -1)
 
 
 def _largest(z: Tensor, *dims: int) -> Tensor:
     """Return the largest magnitude along dimensions, which are kept, or 1 where all is 0."""
-    most = z.detach().abs().amax(dims, keepdim=True)
+    most = torch.linalg.vector_norm(z.detach(), math.inf, dims, keepdim=True)
     return torch.where(most == 0, 1, most)
 
 
@@ -317,17 +319,17 @@ def _residual(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return mean.sqrt() * unit[..., 0, 0]
 
 
-def _gap(values: Tensor, special: bool, tolerance: float) -> Tensor:
+def _gap(values: Tensor, special: bool, eps: float, size: int) -> Tensor:
     """Return how unique a fit is, from its signed singular values `(*, D)`."""
-    largest = values.abs().amax(-1)
-    values = values.masked_fill(values.abs() <= tolerance * largest.unsqueeze(-1), 0)
+    largest = values.abs().amax(-1, keepdim=True)
+    values = values.masked_fill(values.abs() <= size * eps * largest, 0)
     if special and values.shape[-1] > 1:
-        smallest = values[..., -2] + values[..., -1]
         # Two equal values of opposite sign cancel but for rounding.
-        smallest = smallest.masked_fill(smallest <= 8 * tolerance * largest, 0)
+        smallest = values[..., -2:].sum(-1, keepdim=True)
+        smallest = smallest.masked_fill(smallest <= max(8, size) * eps * largest, 0)
     else:
-        smallest = 2 * values[..., -1].abs()
-    return smallest / torch.where(largest == 0, 1, largest)
+        smallest = 2 * values[..., -1:].abs()
+    return (smallest / torch.where(largest == 0, 1, largest)).squeeze(-1)
 
 
 def _fit_few_rows(x: Tensor, y: Tensor, special: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -336,9 +338,9 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, eps: float) -> tuple[Tens
     Returns left and right `(*, 2N, D)` of the rotation `1 + left.mT @ right`.
 
     The product `x.mT @ y` is, but for a symmetric factor, a map `u.mT @ v` between two frames of
-    orthonormal rows. Of the maps that take u to v the nearest to the identity turns within the span
-    of u by `o`, which aligns the frames, and then goes from one span to the other by two
-    reflections, through the second span and through the subspace h in the middle of the two.
+    orthonormal rows. Of the maps that take u to v, the nearest to the identity goes from the span
+    of u to that of v by two reflections, through the subspace h in the middle of the two and
+    through the span of v, and then turns within that span by `o`, which aligns the frames.
     """
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     f, _, _ = _polar(x)
@@ -398,41 +400,6 @@ def _polar(
     return _function(_Polar, _ForwardPolar).apply(x, special, complete, eps, size)  # type: ignore[no-any-return]
 
 
-def _decompose(
-    x: Tensor, special: bool, complete: bool, eps: float, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what :func:`_polar` says."""
-    broken = ~x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    any_broken = _any(broken)
-    if any_broken:
-        x = x.masked_fill(broken, 0)
-    # The transpose lies in memory as LAPACK wants it.
-    q, s, ph = torch.linalg.svd(x.mT, full_matrices=False)
-    p, top = ph.mT, s[..., :1]
-    # Values count as 0 where the rounding of the objective hides even their sum, or where they are
-    # the noise that the decomposition leaves of a 0.
-    tail = s.flip(-1).cumsum(-1).flip(-1)
-    null = (tail <= min(8, size) * eps * top) | (s <= _noise(x, size) * top)
-    s = s.masked_fill(null, 0)
-    if not complete:
-        q = q.masked_fill(null.unsqueeze(-2), 0)
-    elif _any(null):
-        p, q = _toward_identity(p, q, null)
-    if special:
-        sign = _determinant(p @ q.mT)
-        tied = (s - s[..., -1:] <= _tie(x, eps, size) * top) & (
-            ~null[..., -1:] & (sign < 0).unsqueeze(-1)
-        )
-        if _any(tied[..., :-1]):
-            p, q = _best_to_flip_last(p, q, tied)
-        p, s = (_with_last_column_times(t, sign) for t in (p, s.unsqueeze(-2)))
-        s = s.squeeze(-2)
-    factor = _polished(p @ q.mT)
-    if any_broken:
-        factor, s = factor.masked_fill(broken, torch.nan), s.masked_fill(broken[..., 0], torch.nan)
-    return factor, p, s
-
-
 def _polished(factor: Tensor) -> Tensor:
     """Take one step of Newton and Schulz, which removes most of the rounding errors."""
     return 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
@@ -484,9 +451,8 @@ def _determinant(q: Tensor) -> Tensor:
     return 1 - 2 * odd.to(q.dtype)
 
 
-def _with_last_column_times(matrix: Tensor, factor: Tensor) -> Tensor:
-    last = matrix[..., -1:] * factor[..., None, None]
-    return torch.cat((matrix[..., :-1], last), -1)
+def _with_last_times(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.cat((x[..., :-1], x[..., -1:] * factor), -1)
 
 
 def _any(mask: Tensor) -> bool:
@@ -510,7 +476,28 @@ class _Polar(Function):
     def forward(
         x: Tensor, special: bool, complete: bool, eps: float, size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _decompose(x, special, complete, eps, size)
+        broken = ~x.sum((-2, -1), keepdim=True).isfinite()
+        # The transpose lies in memory as LAPACK wants it.
+        q, s, ph = torch.linalg.svd(x.masked_fill(broken, 0).mT, full_matrices=False)
+        p, top = ph.mT, s[..., :1]
+        # Values count as 0 where the rounding of the objective hides even their sum, or where they
+        # are the noise that the decomposition leaves of a 0.
+        tail = s.flip(-1).cumsum(-1).flip(-1)
+        null = (tail <= min(8, size) * eps * top) | (s <= _noise(x, size) * top)
+        s = s.masked_fill(null, 0)
+        if not complete:
+            q = q.masked_fill(null.unsqueeze(-2), 0)
+        elif _any(null):
+            p, q = _toward_identity(p, q, null)
+        if special:
+            sign = _determinant(p @ q.mT).unsqueeze(-1)
+            tied = (s - s[..., -1:] <= _tie(x, eps, size) * top) & ~null[..., -1:] & (sign < 0)
+            if _any(tied[..., :-1]):
+                p, q = _best_to_flip_last(p, q, tied)
+            p = _with_last_times(p, sign.unsqueeze(-1))
+            s = _with_last_times(s, sign)
+        factor = _polished(p @ q.mT).masked_fill(broken, torch.nan)
+        return factor, p, s.masked_fill(broken[..., 0], torch.nan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from care_loss import CAREloss, InfoNCELoss
 from care_loss.functional import equivariance_loss
+from care_loss.rotation import fit_rotation
 from care_loss.sphere import normalize
 from care_loss.views import assert_shared, shared_views
 
@@ -125,12 +126,11 @@ def with_error(left_out: Tensor) -> tuple[float, float]:
 
 def rotation_share(z: Tensor, moved: Tensor) -> float:
     """Return the share of the displacement that a rotation fitted on other rows explains."""
-    # These lines leave when care_loss.rotation is there.
     z, moved = normalize(z.double()), normalize(moved.double())
     residual = 0.0
     for fit, score in ((0, 1), (1, 0)):  # the even rows and the odd ones
-        u, _, vh = torch.linalg.svd(z[fit::2].mT @ moved[fit::2])
-        residual += (z[score::2] @ (u @ vh) - moved[score::2]).square().sum().item()
+        rotation = fit_rotation(z[fit::2], moved[fit::2]).rotation
+        residual += (z[score::2] @ rotation - moved[score::2]).square().sum().item()
     return 1 - residual / (z - moved).square().sum().item()
 
 
