@@ -38,8 +38,10 @@ test-wheel: wheel
 		| grep site-packages
 	cd build/wheel && venv/bin/python -m pytest $(WHEEL_TESTS:%=tests/test_%.py)
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench  ## the losses, rotations, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/care.py $(ARGS)
+	$(RUN) benchmarks/procrustes.py $(ARGS)
+	$(RUN) benchmarks/procrustes_gradients.py
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

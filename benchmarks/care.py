@@ -9,18 +9,14 @@ quartiles of the ratio.
 """
 
 import argparse
-import csv
-import platform
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import Row, provenance, ratio_columns, take_turns, write_csv
 from rivals import authors, products
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from care_loss import CAREloss
 
@@ -51,51 +47,18 @@ def contenders(n: int, chunks: int, device: str) -> dict[str, Contender]:
     }
 
 
-def measure(n: int, d: int, chunks: int, rounds: int, device: str) -> list[dict[str, object]]:
+def measure(n: int, d: int, chunks: int, rounds: int, device: str) -> list[Row]:
     views = torch.randn(4, n, d, device=device, requires_grad=True)
-    timers = {
-        name: Timer(
-            "torch.autograd.grad(loss(views), views)",
-            globals={"torch": torch, "loss": loss, "views": views},
-            num_threads=torch.get_num_threads(),
-        )
+    calls = {
+        name: lambda loss=loss: torch.autograd.grad(loss(views), views)
         for name, loss in contenders(n, chunks, device).items()
     }
-    for timer in timers.values():
-        timer.timeit(3)
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer.blocked_autorange(min_run_time=0.1).median)
-    rows: list[dict[str, object]] = []
-    for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds["authors"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows.append(
-            {
-                "N": n,
-                "D": d,
-                "chunks": chunks,
-                "contender": name,
-                "ms": f"{1000 * statistics.median(times):.3f}",
-                "ratio": f"{middle:.3f}",
-                "ratio_low": f"{low:.3f}",
-                "ratio_high": f"{high:.3f}",
-            }
-        )
-    return rows
-
-
-def provenance(device: str) -> dict[str, object]:
-    git = ["git", "describe", "--always", "--dirty"]
-    cuda = device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-    }
+    seconds = take_turns(calls, rounds)
+    return [
+        {"N": n, "D": d, "chunks": chunks, "contender": name}
+        | ratio_columns(times, seconds["authors"])
+        for name, times in seconds.items()
+    ]
 
 
 def main() -> None:
@@ -117,11 +80,7 @@ def main() -> None:
                 "{ratio} ({ratio_low} to {ratio_high})".format(**row)
             )
             sys.stdout.flush()
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""What care_loss is measured against, each a function of four views that returns the whole loss.
+"""What care_loss is measured against.
 
-`authors` does the arithmetic of the published code, in the order in which it does it: masks filled
-entry by entry at every call, exponentials without log-sum-exp, one chunk after another.
+The losses are functions of four views that return the whole loss. `authors` does the arithmetic of
+the published code, in the order in which it does it: masks filled entry by entry at every call,
+exponentials without log-sum-exp, one chunk after another.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,3 +55,21 @@ def products(views: Tensor, temperature: float, weight: float, chunks: int) -> T
     z = views[:2].flatten(0, 1)
     e = views[2:].unflatten(1, (chunks, -1))
     return (z @ z.mT)[0, 0] + (e @ e.mT)[0, 0, 0, 0]
+
+
+def torchmetrics_shape() -> Any:
+    """Import torchmetrics.functional.shape, which imports torchvision.
+
+    The CUDA build of torchvision looks for two operators that a CPU build of torch lacks
+    (pytorch/vision #9077): declaring them is enough to import it.
+    """
+    global operators
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        operators = torch.library.Library("torchvision", "DEF")
+        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchmetrics.functional.shape
+
+    return torchmetrics.functional.shape

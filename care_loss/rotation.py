@@ -44,12 +44,13 @@ def fit_rotation(
 
     Rows are not centred and not normalised. Where several maps fit equally well, the result is the
     one nearest to the identity in the Frobenius norm: equal inputs give the identity exactly, a
-    single row `u` and its target `v` of the same length give the minimal rotation over SO(D), and
-    directions that no row reaches stay as they are. Where several of these are equally near to the
-    identity, the result is one of them.
+    single row `u` and its target `v` give the minimal rotation over SO(D), and directions that are
+    orthogonal to all rows stay as they are (over SO(D) at most one of them turns). Where several of
+    these are equally near to the identity, the result is one of them.
 
-    The gradient is that of this map wherever it is differentiable. It is finite where the fit is
-    not unique.
+    The gradient is that of this map where the fit is unique and where `N <= D - 2`. Elsewhere it is
+    finite: where fewer than `D - 1` independent rows are left of more (by weights of 0, say),
+    it treats the map between the directions that no row reaches as fixed.
 
     Args:
         source: Rows to be mapped, of a floating point dtype, `(*, N, D)` with any `N >= 1`.
@@ -441,9 +442,9 @@ def _best_to_flip_last(p: Tensor, q: Tensor, tied: Tensor) -> tuple[Tensor, Tens
 def _determinant(q: Tensor) -> Tensor:
     """Return the determinant of orthogonal matrices `(*, D, D)`, 1 or -1.
 
-    It counts the reflections of a QR decomposition. `det` underflows in float32, and the LU
-    decomposition behind `slogdet` is wrong for some batches (torch 2.13 with MKL, two threads,
-    D = 512).
+    It counts the reflections of a QR decomposition. In float32 `det` underflows (to 0 from D = 384
+    on), and `slogdet` shares its LU decompositions, which can be wrong for batches: with torch
+    2.13, MKL and two threads they are, from D = 256 on.
     """
     reflectors, scales = torch.geqrf(q)
     negative = reflectors.diagonal(dim1=-2, dim2=-1) < 0

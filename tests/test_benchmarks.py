@@ -1,0 +1,46 @@
+"""The benchmarks, as a user starts them: small sizes, and the claims of failures in full."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(name, *options):
+    command = [sys.executable, "-W", "error", str(BENCHMARKS / name), *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_rotations_are_timed_beside_their_rivals(tmp_path, device):
+    path = tmp_path / "procrustes.csv"
+    printed = run("procrustes.py", "--quick", "--device", str(device), "--csv", str(path))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    contenders = {row["contender"] for row in rows}
+    assert {"floor: the product", "SVD", "care_loss", "care_loss, SO(D)", "roma"} <= contenders
+    assert all(contender in printed for contender in contenders)
+    ours = [row for row in rows if row["contender"].startswith("care_loss")]
+    assert all(float(row["ms"]) > 0 for row in rows)
+    for row in ours:
+        if row["direction"] == "forward":
+            assert float(row["orthogonality"]) < 8
+            assert float(row["excess"]) < 1e-6
+        else:
+            assert float(row["finite gradients"]) == 1
+
+
+def test_rivals_fail_where_it_is_said_and_care_loss_does_not(tmp_path):
+    pytest.importorskip("roma")
+    path = tmp_path / "gradients.csv"
+    run("procrustes_gradients.py", "--csv", str(path))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["passed"] == "True" for row in rows if row["contender"] == "care_loss")
+    failed = {row["contender"] for row in rows if row["passed"] == "False"}
+    assert failed == {"SVD with autograd", "roma", "torchmetrics"}
