@@ -99,8 +99,8 @@ def fit_rotation(
         w = _exact(weights)
         x, y = (z.masked_fill((w == 0).unsqueeze(-1), 0) for z in (x, y))
         w = torch.where(w < 0, torch.nan, w)
-    equal = (x == y).all(-1).all(-1)[..., None, None]
-    a, b = _balanced(x, y, w)
+    equal = (x - y).detach().abs().amax((-2, -1), keepdim=True) == 0
+    a, b, unit = _balanced(x, y, w)
     n, d = source.shape[-2:]
     dtype, gap_dtype = source.dtype, _computed_in(source)
     eps = torch.finfo(gap_dtype).eps
@@ -124,7 +124,7 @@ def fit_rotation(
         mapped = x @ rotation
         rotation = rotation.to(dtype)
         gap = _gap(values, special, eps, max(n, d))
-    residual = _residual(mapped.detach(), y.detach(), w.detach())
+    residual = _residual(mapped.detach() / unit, y.detach() / unit, w.detach()) * unit[..., 0, 0]
     return RotationFit(rotation, residual.to(gap_dtype), gap.detach().to(gap_dtype))
 
 
@@ -165,7 +165,7 @@ def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
     """
     _checks.square(matrix=matrix)
     x = _exact(matrix)
-    x = x / _largest(x, -2, -1)
+    x = x / _largest(_largest(x, -1), -2)
     eps = torch.finfo(_computed_in(matrix)).eps
     return _polar(x, special=special, complete=True, eps=eps)[0].to(matrix.dtype)
 
@@ -291,33 +291,32 @@ def _angles(r: Tensor) -> Tensor:
     return torch.where(orthogonal.squeeze(-1), angles, torch.nan)
 
 
-def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a, b with `a.mT @ b` a positive multiple of `x.mT @ (w * y)`, and no entry above 1.
+def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a, b with `a.mT @ b` a positive multiple of `x.mT @ (w * y)`, and the largest entry.
 
-    Rows of `x` that are far shorter than others may meet rows of `y` that are far longer: the
-    length of a row moves from one side to the other, where it can do no harm.
+    Rows of `x` that are far shorter than others may meet rows of `y` that are far longer. Here all
+    rows of `a` have the size 1, and those of `b` the size of their product, at most 1.
     """
+    size_x, size_y = _largest(x, -1), _largest(y, -1)
     w = w.unsqueeze(-1)
-    length = _largest(x, -1)
-    b = y / _largest(y, -2, -1) * (w / _largest(w, -2) * (length / _largest(length, -2)))
-    return x / length, b / _largest(b, -2, -1)
+    share = w / _largest(w, -2) * (size_x / _largest(size_x, -2)) * (size_y / _largest(size_y, -2))
+    share = share / _largest(share, -2)
+    unit = torch.maximum(_largest(size_x, -2), _largest(size_y, -2))
+    return x / size_x, y / size_y * share, unit
 
 
-def _largest(z: Tensor, *dims: int) -> Tensor:
-    """Return the largest magnitude along dimensions, which are kept, or 1 where all is 0."""
-    most = torch.linalg.vector_norm(z.detach(), math.inf, dims, keepdim=True)
+def _largest(z: Tensor, dim: int) -> Tensor:
+    """Return the largest magnitude along a dimension, which is kept, or 1 where all is 0."""
+    most = z.detach().abs().amax(dim, keepdim=True)
     return torch.where(most == 0, 1, most)
 
 
 def _residual(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     """Return the root mean squared row distance, `(*)`."""
-    # Entries of at most 1 keep squares within the range of the dtype.
-    unit = torch.maximum(_largest(x, -2, -1), _largest(y, -2, -1))
-    squared = (x / unit - y / unit).square().sum(-1)
     w = w / _largest(w, -1)
     total = w.sum(-1)
-    mean = (w * squared).sum(-1) / torch.where(total == 0, 1, total)
-    return mean.sqrt() * unit[..., 0, 0]
+    mean = (w * (x - y).square().sum(-1)).sum(-1) / torch.where(total == 0, 1, total)
+    return mean.sqrt()
 
 
 def _gap(values: Tensor, special: bool, eps: float, size: int) -> Tensor:
