@@ -79,6 +79,7 @@ def contenders(b: int, n: int, d: int, device: str) -> dict[str, tuple[Fit, bool
     """Name the functions: each with whether it fits over SO(D) and whether it has a backward."""
     found: dict[str, tuple[Fit, bool, bool]] = {
         "SVD": (svd, False, True),
+        "SVD in float64": (lambda x, y: svd(x.double(), y.double()).float(), False, True),
         "SVD, SO(D)": (svd_special, True, True),
         "care_loss": (lambda x, y: fit_rotation(x, y).rotation, False, True),
         "care_loss, SO(D)": (lambda x, y: fit_rotation(x, y, special=True).rotation, True, True),

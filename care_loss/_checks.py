@@ -61,7 +61,7 @@ def chunks(value: Any, n: int, device: torch.device) -> None:
 
 def chunk_count(value: Any) -> None:
     """Require a number of chunks, as a constructor remembers it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_int(value) or value < 1:
         raise ValueError(
             f"`chunks` must be an int >= 1, got {_kind(value)}: say how many chunks to cut a batch "
             "into; ids of rows are a tensor, and go with the batch that they belong to."
@@ -216,7 +216,7 @@ def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
             f"`weights` must have shape (*, {source.shape[-2]}), got {tuple(weights.shape)}: pass "
             "one weight per row."
         )
-    _on_device("weights", weights, source.device)
+    _on_device("weights", weights, source.device, "`source`")
     leading = _broadcastable("source", source.shape[:-2], "target", target.shape[:-2])
     _broadcastable("source` and `target", leading, "weights", weights.shape[:-1])
     _not_negative("weights", weights)
@@ -242,35 +242,67 @@ def square(**tensors: Any) -> None:
         _broadcastable(name, first.shape[:-2], other_name, other.shape[:-2])
 
 
-def sample(dim: Any, batch_shape: Any, dtype: Any) -> None:
-    """Require a dimension >= 1, sizes >= 0 and a floating point dtype."""
-    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+def sample(dim: Any, batch_shape: Any, generator: Any, dtype: Any) -> None:
+    """Require a dimension >= 1, sizes >= 0, a generator or None, and a floating point dtype."""
+    if not _is_int(dim) or dim < 1:
         raise ValueError(f"`dim` must be an int >= 1, got {_kind(dim)}: pass the dimension D.")
-    sizes = batch_shape if isinstance(batch_shape, (tuple, list)) else [None]
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+    is_shape = isinstance(batch_shape, (tuple, list))
+    if not is_shape or not all(_is_int(size) and size >= 0 for size in batch_shape):
         raise ValueError(
             f"`batch_shape` must be a tuple of ints >= 0, got {batch_shape!r}: pass (n,) for n "
             "matrices."
         )
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"`generator` must be a torch.Generator or None, got {_kind(generator)}: pass "
+            "torch.Generator(device).manual_seed(seed)."
+        )
+    if not isinstance(dtype, torch.dtype) or not _is_floating(dtype):
         raise TypeError(
             f"`dtype` must be a floating point dtype, got {dtype!r}: pass torch.float32, say."
         )
 
 
+def forward_mode_once() -> None:
+    """Refuse forward mode within forward mode, for which PyTorch would return zeros."""
+    try:
+        from torch._C._functorch import TransformType
+        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+    except ImportError:  # a private module: without it, the documentation has to do
+        return
+    levels = [level.key() for level in retrieve_all_functorch_interpreters()]
+    if levels.count(TransformType.Jvp) > 1:
+        raise NotImplementedError(
+            "second derivatives of rotations must use reverse mode once, got forward mode within "
+            "forward mode: use torch.func.hessian, or jacrev in place of one jacfwd."
+        )
+
+
 def _floating(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if isinstance(value, (tuple, dict)):
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: pass "
+            "one of its tensors."
+        )
+    if not isinstance(value, Tensor) or not _is_floating(value.dtype):
         raise TypeError(
             f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: "
             "convert it with torch.as_tensor() or .float()."
         )
 
 
-def _on_device(name: str, value: Tensor, device: torch.device) -> None:
+def _is_floating(dtype: torch.dtype) -> bool:
+    """Tell whether numbers of a dtype can be computed with: those of 8 bits cannot."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _on_device(
+    name: str, value: Tensor, device: torch.device, whose: str = "the embeddings"
+) -> None:
     if value.device != device:
         raise ValueError(
-            f"`{name}` must be on the device of the embeddings, {device}, got {value.device}: "
-            "move it with .to()."
+            f"`{name}` must be on the device of {whose}, {device}, got {value.device}: move it "
+            "with .to()."
         )
 
 
@@ -303,6 +335,10 @@ def _not_negative(name: str, value: Tensor) -> None:
         return
     if least < 0:
         raise ValueError(f"`{name}` must be >= 0, got {least}: set it to 0 to leave a row out.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _choice(name: str, value: Any, options: tuple[str, ...]) -> None:

@@ -9,10 +9,14 @@ r"""Fitting, sampling and measuring orthogonal maps.
     +---------------------------------------------------------------------------+
 
 Leading dimensions are free: each index of them is one problem. Everything is computed in float64
-(float32 on Apple's GPUs) and returned in the dtype of the input, so neither autocast nor the TF32
-setting changes a result. The singular value decompositions synchronise a GPU with the host.
+(float32 on Apple's GPUs), and matrices are returned in the dtype of the input, so neither autocast
+nor the TF32 setting changes a result. The singular value decompositions synchronise a GPU with the
+host.
 
-An item of a batch that contains NaN or an infinity becomes NaN; the other items do not notice.
+An item of a batch that contains NaN or an infinity becomes NaN, and does not affect the others.
+
+Fits have derivatives of every order in reverse mode, and forward mode over reverse mode and the
+other way round. Forward mode within forward mode is refused: PyTorch would return zeros.
 """
 
 import math
@@ -48,21 +52,26 @@ def fit_rotation(
     orthogonal to all rows stay as they are (over SO(D) at most one of them turns). Where several of
     these are equally near to the identity, the result is one of them.
 
-    The gradient is that of this map where the fit is unique and where `N <= D - 2`. Elsewhere it is
-    finite: where fewer than `D - 1` independent rows are left of more (by weights of 0, say),
-    it treats the map between the directions that no row reaches as fixed.
+    Singular values of :math:`X^\top W Y` count as 0 where their sum is below
+    :math:`(8 \varepsilon)^2 s_1`: this is what rounding leaves of dependent rows.
+
+    The gradient is that of this map where the fit is unique, and where `N <= D - 2` and the rows of
+    each side are linearly independent. Elsewhere it is finite. With many rows of low rank (padding
+    of weight 0, say), it does not include that the map between the directions orthogonal to all
+    rows follows the rows.
 
     Args:
         source: Rows to be mapped, of a floating point dtype, `(*, N, D)` with any `N >= 1`.
         target: Rows to be reached, in the dtype of `source`, `(*, N, D)`.
         weights: A weight >= 0 for each row, `(*, N)`. A weight of 2 counts a row twice. A row of
-            weight 0 is ignored: it may contain anything, NaN included, and its gradient is 0.
+            weight 0 is ignored: it may contain anything, NaN included. The gradients of the row and
+            of its weight are 0.
             Negative weights are an error on a CPU; on other devices, under `torch.compile` and
             under `vmap` their values are not read and they give NaN.
         special: Fit over SO(D), the maps of determinant +1, instead of O(D).
 
     Returns:
-        A named tuple without gradient but for the rotation:
+        A named tuple. Only the rotation has a gradient; the two numbers are float32 for half types.
 
         * `rotation`: the orthogonal map, `(*, D, D)`.
         * `residual`: the root mean squared row error, the weights normalised, `(*)`; 0 where all
@@ -104,28 +113,30 @@ def fit_rotation(
     n, d = source.shape[-2:]
     dtype, gap_dtype = source.dtype, _computed_in(source)
     eps = torch.finfo(gap_dtype).eps
+    x = x.detach() / unit
     if n <= d - 2:
         left, right = _fit_few_rows(a, b, special, eps)
         # What differs from the identity is exactly 0 where the inputs are equal.
         right = right - right.detach().masked_fill(~equal, 0)
         # Strips of the product stay in the cache until they are cast.
-        strips = [(strip.mT @ right).to(dtype) for strip in left.split(512, -1)]
-        rotation = torch.cat(strips, -2)
+        rotation = torch.cat([(strip.mT @ right).to(dtype) for strip in left.split(512, -1)], -2)
         rotation.diagonal(dim1=-2, dim2=-1).add_(1)
         if dtype == x.dtype and 8 * n >= d:  # elsewhere the cast to `dtype` is the larger error
             rotation = rotation + (_polished(rotation.detach()) - rotation.detach())
-        mapped = x + x @ left.mT @ right
-        gap = (right[..., 0, 0] * 0).abs()  # NaN where the inputs are not finite
+        mapped = x + x @ left.detach().mT @ right.detach()
+        gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
     else:
-        rotation, _, values = _polar(a.mT @ b, special=special, complete=True, eps=eps, size=n)
+        rotation, _, values = _polar(
+            a.mT @ b, special=special, complete=True, zero=(8 * eps) ** 2, tie=8 * eps, rows=n
+        )
         # I - R is exact next to I, and so is R + (I - R).
         identity = torch.eye(d, dtype=x.dtype, device=x.device)
         rotation = rotation + (identity - rotation.detach()).masked_fill(~equal, 0)
-        mapped = x @ rotation
+        mapped = x @ rotation.detach()
         rotation = rotation.to(dtype)
         gap = _gap(values, special, eps, max(n, d))
-    residual = _residual(mapped.detach() / unit, y.detach() / unit, w.detach()) * unit[..., 0, 0]
-    return RotationFit(rotation, residual.to(gap_dtype), gap.detach().to(gap_dtype))
+    residual = _residual(mapped, y.detach() / unit, w.detach()) * unit[..., 0, 0]
+    return RotationFit(rotation, residual.to(gap_dtype), gap.to(gap_dtype))
 
 
 def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
@@ -165,9 +176,10 @@ def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
     """
     _checks.square(matrix=matrix)
     x = _exact(matrix)
-    x = x / _largest(_largest(x, -1), -2)
+    x = x / _or_1(x.detach().abs().amax((-2, -1), keepdim=True))
     eps = torch.finfo(_computed_in(matrix)).eps
-    return _polar(x, special=special, complete=True, eps=eps)[0].to(matrix.dtype)
+    zero = min(8, x.shape[-1]) * eps
+    return _polar(x, special=special, complete=True, zero=zero, tie=8 * eps)[0].to(matrix.dtype)
 
 
 def random_orthogonal(
@@ -204,15 +216,13 @@ def random_orthogonal(
         Mezzadri, How to generate random matrices from the classical compact groups, 2007.
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    _checks.sample(dim, batch_shape, dtype)
-    normal = torch.randn(
-        *batch_shape, dim, dim, generator=generator, dtype=torch.float64, device=device
-    )
-    reflectors, scales = torch.geqrf(normal)
-    signs = torch.where(reflectors.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    q: Tensor = torch.linalg.householder_product(reflectors, scales)
+    _checks.sample(dim, batch_shape, generator, dtype)
+    shape = (*batch_shape, dim, dim)
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+    q: Tensor
+    q, r = torch.linalg.qr(normal)
     # R with a positive diagonal makes Q unique, and so as uniform as the Gaussian matrix.
-    q = q * signs.to(q.dtype).unsqueeze(-2)
+    q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
     if special:
         q = _with_last_times(q, _determinant(q)[..., None, None])
     return q.to(dtype)
@@ -242,8 +252,9 @@ def rotation_angles(rotation: Tensor) -> Tensor:
         tensor([1.5708])
     """
     _checks.square(rotation=rotation)
-    r = _exact(rotation.detach())
-    return _angles(r).masked_fill((_determinant(r) < 0).unsqueeze(-1), torch.nan).to(rotation.dtype)
+    r = _orthogonal_or_nan(rotation)
+    reflection = (_determinant(r) < 0).unsqueeze(-1)
+    return _angles(r).masked_fill(reflection, torch.nan).to(rotation.dtype)
 
 
 def rotation_distance(rotation1: Tensor, rotation2: Tensor) -> Tensor:
@@ -272,64 +283,66 @@ def rotation_distance(rotation1: Tensor, rotation2: Tensor) -> Tensor:
         tensor(3.1416)
     """
     _checks.square(rotation1=rotation1, rotation2=rotation2)
-    r = _exact(rotation1.detach()).mT @ _exact(rotation2.detach())
+    r = _orthogonal_or_nan(rotation1).mT @ _orthogonal_or_nan(rotation2)
     distance: Tensor = torch.linalg.vector_norm(_angles(r), dim=-1)
     differ = (_determinant(r) < 0) & ~distance.isnan()
     return distance.masked_fill(differ, torch.inf).to(rotation1.dtype)
 
 
+def _orthogonal_or_nan(rotation: Tensor) -> Tensor:
+    """Return matrices in float64, NaN where they are far from orthogonal."""
+    r = _exact(rotation.detach())
+    deviation = r.mT @ r - torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+    near = deviation.abs().amax((-2, -1), keepdim=True) <= 0.05
+    return r.masked_fill(~near, torch.nan)
+
+
 def _angles(r: Tensor) -> Tensor:
-    """Return the principal angles of `(*, D, D)`, NaN where it is far from orthogonal."""
+    """Return the principal angles of orthogonal matrices `(*, D, D)`, NaN where these are NaN."""
     d = r.shape[-1]
+    broken = r.sum((-2, -1), keepdim=True).isnan()
+    r = r.masked_fill(broken, 0)
     identity = torch.eye(d, dtype=r.dtype, device=r.device)
-    orthogonal = ((r.mT @ r - identity).abs() <= 0.05).all(-1, True).all(-2, True)
-    r = torch.where(orthogonal, r, identity)
     # Singular values come in pairs; in odd dimensions the smallest of R - I is alone, and is 0.
     sines = torch.linalg.svdvals(r - identity)[..., : d // 2 * 2 : 2]
     cosines = torch.linalg.svdvals(r + identity).flip(-1)[..., : d // 2 * 2 : 2]
-    angles = 2 * torch.atan2(sines, cosines)
-    return torch.where(orthogonal.squeeze(-1), angles, torch.nan)
+    return (2 * torch.atan2(sines, cosines)).masked_fill(broken.squeeze(-1), torch.nan)
 
 
 def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return a, b with `a.mT @ b` a positive multiple of `x.mT @ (w * y)`, and the largest entry.
 
     Rows of `x` that are far shorter than others may meet rows of `y` that are far longer. Here all
-    rows of `a` have the size 1, and those of `b` the size of their product, at most 1.
+    rows of `a` have the size 1 (or are 0), and those of `b` that of their product, at most 1.
     """
-    size_x, size_y = _largest(x, -1), _largest(y, -1)
+    size_x, size_y = (z.detach().abs().amax(-1, keepdim=True) for z in (x, y))
     w = w.unsqueeze(-1)
-    share = w / _largest(w, -2) * (size_x / _largest(size_x, -2)) * (size_y / _largest(size_y, -2))
-    share = share / _largest(share, -2)
-    unit = torch.maximum(_largest(size_x, -2), _largest(size_y, -2))
-    return x / size_x, y / size_y * share, unit
+    most_x, most_y, most_w = (z.detach().amax(-2, keepdim=True) for z in (size_x, size_y, w))
+    share = (w / _or_1(most_w)) * (size_x / _or_1(most_x)) * (size_y / _or_1(most_y))
+    share = share / _or_1(share.detach().amax(-2, keepdim=True))
+    unit = _or_1(torch.maximum(most_x, most_y))
+    return x / _or_1(size_x), y / _or_1(size_y) * share, unit
 
 
-def _largest(z: Tensor, dim: int) -> Tensor:
-    """Return the largest magnitude along a dimension, which is kept, or 1 where all is 0."""
-    most = z.detach().abs().amax(dim, keepdim=True)
-    return torch.where(most == 0, 1, most)
+def _or_1(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1, x)
 
 
 def _residual(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     """Return the root mean squared row distance, `(*)`."""
-    w = w / _largest(w, -1)
-    total = w.sum(-1)
-    mean = (w * (x - y).square().sum(-1)).sum(-1) / torch.where(total == 0, 1, total)
-    return mean.sqrt()
+    w = w / _or_1(w.amax(-1, keepdim=True))
+    return ((w * (x - y).square().sum(-1)).sum(-1) / _or_1(w.sum(-1))).sqrt()
 
 
 def _gap(values: Tensor, special: bool, eps: float, size: int) -> Tensor:
     """Return how unique a fit is, from its signed singular values `(*, D)`."""
     largest = values.abs().amax(-1, keepdim=True)
     values = values.masked_fill(values.abs() <= size * eps * largest, 0)
-    if special and values.shape[-1] > 1:
-        # Two equal values of opposite sign cancel but for rounding.
-        smallest = values[..., -2:].sum(-1, keepdim=True)
-        smallest = smallest.masked_fill(smallest <= max(8, size) * eps * largest, 0)
-    else:
-        smallest = 2 * values[..., -1:].abs()
-    return (smallest / torch.where(largest == 0, 1, largest)).squeeze(-1)
+    both = special and values.shape[-1] > 1
+    smallest = values[..., -2:].sum(-1, keepdim=True) if both else 2 * values[..., -1:].abs()
+    # Two equal values of opposite sign cancel but for rounding.
+    smallest = smallest.masked_fill(smallest <= max(8, size) * eps * largest, 0)
+    return (smallest / _or_1(largest)).squeeze(-1)
 
 
 def _fit_few_rows(x: Tensor, y: Tensor, special: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -344,7 +357,7 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, eps: float) -> tuple[Tens
     """
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     f, _, _ = _polar(x)
-    v, _, _ = _polar(x @ f.mT @ y, eps=eps)
+    v, _, _ = _polar(x @ f.mT @ y, zero=(8 * eps) ** 2)
     # Dependent rows leave fewer than N directions: the frames are 0 on the others, and o is 1.
     kept = v @ v.mT
     u = kept @ f
@@ -352,7 +365,9 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, eps: float) -> tuple[Tens
     middle = v + o.mT @ u
     if special:
         middle = middle + _where_opposite(middle, v, o.mT @ basis[..., -1:])
-    h, _, _ = _polar(middle)
+    # Its singular values are at least sqrt(2), or the root of eps in an almost opposite direction:
+    # what is smaller is noise in the directions that dependent rows lack.
+    h, _, _ = _polar(middle, floor=0.5 * torch.finfo(x.dtype).eps ** 0.5)
     turned = (identity + o.mT) @ v
     left = torch.cat((h, v.expand_as(h)), -2)
     right = torch.cat((2 * (h @ v.mT) @ turned - 2 * h, -turned), -2)
@@ -369,6 +384,7 @@ def _where_opposite(middle: Tensor, v: Tensor, direction: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(direction.mT @ middle, dim=(-2, -1))
     # Below this the direction is rounding noise, and the cosine differs from -1 by less than eps.
     opposite = length <= torch.finfo(v.dtype).eps ** 0.5
+    opposite &= torch.linalg.vector_norm(direction.mT @ v, dim=(-2, -1)) > 0.5  # not where v is 0
     axis = v.square().sum(-2).argmin(-1, keepdim=True)
     along = torch.gather(v, -1, axis.unsqueeze(-2).expand(*v.shape[:-1], 1))
     normal: Tensor = torch.zeros_like(v[..., 0, :]).scatter(-1, axis, 1.0) - (along * v).sum(-2)
@@ -381,41 +397,34 @@ def _polar(
     *,
     special: bool = False,
     complete: bool = False,
-    eps: float | None = None,
-    size: int = 0,
+    zero: float = 0.0,
+    tie: float = 0.0,
+    floor: float = 0.0,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the orthogonal polar factor of matrices `(*, N, D)` with `N <= D`.
 
     Without `complete` it is a partial isometry: 0 where the matrix is 0. With it (`N = D`) it is
     orthogonal, the nearest to the identity where singular values are 0, and of determinant 1 where
-    `special`.
+    `special`. Trailing singular values count as 0 where their sum is at most `zero` times the
+    largest, or where they are rounding noise or at most `floor`; as equal where they differ by at
+    most `tie` times the largest.
 
     Returns:
         The factor `(*, N, D)`, the eigenvectors `(*, N, N)` of `x @ factor.mT`, and its eigenvalues
         `(*, N)`, descending: the singular values, the last with a sign where `special`. Only the
         factor has a derivative.
     """
-    size = max(size, *x.shape[-2:])
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _function(_Polar, _ForwardPolar).apply(x, special, complete, eps, size)  # type: ignore[no-any-return]
+    # What a decomposition makes of a 0, relative to the largest value. Seen: up to 3.4 eps for
+    # D = 2, 4.6 eps for 128 and 10.1 eps for 1024.
+    noise = (4 + math.sqrt(max(rows, *x.shape[-2:]))) * torch.finfo(x.dtype).eps
+    function = _function(_Polar, _ForwardPolar)
+    return function.apply(x, special, complete, zero, max(tie, noise), floor, noise)  # type: ignore[no-any-return]
 
 
 def _polished(factor: Tensor) -> Tensor:
     """Take one step of Newton and Schulz, which removes most of the rounding errors."""
     return 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
-
-
-def _noise(x: Tensor, size: int) -> float:
-    """Bound what a decomposition makes of a singular value of 0, relative to the largest.
-
-    Seen: up to 3.4 eps for D = 2, 4.6 for 128 and 10.1 for 1024.
-    """
-    return (4 + math.sqrt(size)) * torch.finfo(x.dtype).eps
-
-
-def _tie(x: Tensor, eps: float, size: int) -> float:
-    """Return the difference, relative to the largest, up to which singular values are equal."""
-    return max(8 * eps, _noise(x, size))
 
 
 def _toward_identity(p: Tensor, q: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
@@ -438,17 +447,24 @@ def _best_to_flip_last(p: Tensor, q: Tensor, tied: Tensor) -> tuple[Tensor, Tens
     return p @ e, q @ e
 
 
+@torch.library.custom_op("care_loss::determinant", mutates_args=())
 def _determinant(q: Tensor) -> Tensor:
     """Return the determinant of orthogonal matrices `(*, D, D)`, 1 or -1.
 
     It counts the reflections of a QR decomposition. In float32 `det` underflows (to 0 from D = 384
     on), and `slogdet` shares its LU decompositions, which can be wrong for batches: with torch
-    2.13, MKL and two threads they are, from D = 256 on.
+    2.13, MKL and two threads they are, from D = 256 on. An operator, as torch.compile does not know
+    the shapes of `geqrf`.
     """
     reflectors, scales = torch.geqrf(q)
     negative = reflectors.diagonal(dim1=-2, dim2=-1) < 0
     odd = (negative.sum(-1) + (scales != 0).sum(-1)) % 2
     return 1 - 2 * odd.to(q.dtype)
+
+
+@_determinant.register_fake
+def _(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:-2])
 
 
 def _with_last_times(x: Tensor, factor: Tensor) -> Tensor:
@@ -474,16 +490,20 @@ class _Polar(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, special: bool, complete: bool, eps: float, size: int
+        x: Tensor,
+        special: bool,
+        complete: bool,
+        zero: float,
+        tie: float,
+        floor: float,
+        noise: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         broken = ~x.sum((-2, -1), keepdim=True).isfinite()
         # The transpose lies in memory as LAPACK wants it.
         q, s, ph = torch.linalg.svd(x.masked_fill(broken, 0).mT, full_matrices=False)
         p, top = ph.mT, s[..., :1]
-        # Values count as 0 where the rounding of the objective hides even their sum, or where they
-        # are the noise that the decomposition leaves of a 0.
         tail = s.flip(-1).cumsum(-1).flip(-1)
-        null = (tail <= min(8, size) * eps * top) | (s <= _noise(x, size) * top)
+        null = (tail <= zero * top) | (s <= (noise * top).clamp_min(floor))
         s = s.masked_fill(null, 0)
         if not complete:
             q = q.masked_fill(null.unsqueeze(-2), 0)
@@ -491,7 +511,7 @@ class _Polar(Function):
             p, q = _toward_identity(p, q, null)
         if special:
             sign = _determinant(p @ q.mT).unsqueeze(-1)
-            tied = (s - s[..., -1:] <= _tie(x, eps, size) * top) & ~null[..., -1:] & (sign < 0)
+            tied = (s - s[..., -1:] <= tie * top) & ~null[..., -1:] & (sign < 0)
             if _any(tied[..., :-1]):
                 p, q = _best_to_flip_last(p, q, tied)
             p = _with_last_times(p, sign.unsqueeze(-1))
@@ -501,8 +521,7 @@ class _Polar(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, ctx.complete, eps, size = inputs
-        ctx.least = _tie(x, eps, size)
+        x, _, ctx.complete, _, ctx.tie, _, ctx.noise = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, *output)
         ctx.save_for_forward(x, *output)
@@ -515,13 +534,15 @@ class _Polar(Function):
         top = values.abs().amax(-1)[..., None, None]
         # Only sums of singular values are divided by, so equal ones do no harm. Where a sum is 0
         # but for rounding, the factor may turn freely, and has no derivative.
-        inverse = torch.where(sums > ctx.least * top, 1 / sums, 0)
+        opposite = values.unsqueeze(-1) * values.unsqueeze(-2) < 0
+        least = torch.where(opposite, ctx.tie, ctx.noise) * top
+        inverse = torch.where(sums > least, 1 / sums, 0)
         result = _solve(h, k - k.mT, basis, inverse) @ factor
         if not ctx.complete:
             kept = basis * (values > 0).to(basis.dtype).unsqueeze(-2)
             pseudoinverse = _solve(h, 2 * kept @ basis.mT, basis, inverse)
             result = result + pseudoinverse @ (step - k @ factor)
-        return result, None, None, None, None
+        return result, *6 * [None]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, *settings: Any) -> Any:
@@ -532,6 +553,7 @@ class _Polar(Function):
 class _ForwardPolar(_Polar):
     @staticmethod
     def jvp(ctx: Any, step: Tensor, *_: Any) -> Any:
+        _checks.forward_mode_once()
         return _Polar.backward(ctx, step)[0], None, None
 
 

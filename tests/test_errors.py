@@ -320,7 +320,9 @@ FITS = {
     "batches that differ": ((Z.expand(2, 8, 4), Z.expand(3, 8, 4)), "broadcast, got (2,) and (3,)"),
     "integers": ((Z.long(), Z.long()), "`source` must be a torch.Tensor of a floating point dtype"),
     "complex numbers": ((Z, Z + 0j), "`target` must be a torch.Tensor of a floating point dtype"),
+    "8 bits": ((Z.to(torch.float8_e4m3fn), Z), "floating point dtype, got torch.float8_e4m3fn"),
     "NumPy arrays": ((Z.numpy(), Z.numpy()), "got numpy.ndarray"),
+    "two outputs of a model": (((Z, Z), Z), "got tuple: pass one of its tensors."),
     "dtypes that differ": ((Z, Z.double()), "the same dtype, got torch.float32"),
     "devices that differ": ((Z, Z.to("meta")), "the same device, got torch.float32"),
 }
@@ -332,7 +334,7 @@ WEIGHTS = {
     "integers": (torch.ones(8).long(), "`weights` must be a torch.Tensor of a floating point"),
     "booleans": (torch.ones(8) > 0, "`weights` must be a torch.Tensor of a floating point dtype"),
     "a negative one": (torch.arange(8.0) - 1, "`weights` must be >= 0, got -1.0"),
-    "another device": (torch.ones(8, device="meta"), "device of the embeddings, cpu, got meta"),
+    "another device": (torch.ones(8, device="meta"), "device of `source`, cpu, got meta"),
 }
 
 
@@ -381,12 +383,19 @@ def test_bad_matrices():
         assert_refused(call, sentence)
 
 
+def test_a_fit_is_not_a_matrix():
+    fit = fit_rotation(Z, Z)
+    assert_refused(lambda: rotation_angles(fit), "RotationFit: pass one of its tensors.")
+
+
 def test_bad_samples_of_matrices():
     for dim in (0, -1, 2.0, True, None, torch.tensor(3)):
         assert_refused(lambda d=dim: random_orthogonal(d), "`dim` must be an int >= 1, got ")
-    for shape in (3, (-1,), (2.0,), "2"):
+    for shape in (3, (-1,), (2.0,), "2", (True,)):
         sentence = "`batch_shape` must be a tuple of ints >= 0, got "
         assert_refused(lambda s=shape: random_orthogonal(3, batch_shape=s), sentence)
-    for dtype in (torch.int64, torch.complex64, "float32"):
+    sentence = "`generator` must be a torch.Generator or None, got int 0"
+    assert_refused(lambda: random_orthogonal(3, generator=0), sentence)
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn, "float32"):
         sentence = "`dtype` must be a floating point dtype, got "
         assert_refused(lambda d=dtype: random_orthogonal(3, dtype=d), sentence)

@@ -9,7 +9,13 @@ from test_transforms import BACKENDS
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from care_loss.rotation import fit_rotation, nearest_orthogonal
+from care_loss.rotation import (
+    fit_rotation,
+    nearest_orthogonal,
+    random_orthogonal,
+    rotation_angles,
+    rotation_distance,
+)
 
 special = pytest.mark.parametrize("special", [False, True], ids=["O", "SO"])
 # Rows and dimensions: with every number of directions that no row reaches.
@@ -68,6 +74,14 @@ def test_forward_and_reverse_mode_agree_to_second_order(n, d, special, device):
     torch.testing.assert_close(torch.einsum("ijkl,kl->ij", full, step), forward)
 
 
+def test_forward_mode_within_forward_mode_is_refused(device):
+    x, y = rows(7, 4, device)
+    with pytest.raises(NotImplementedError, match="must use reverse mode once, got forward mode"):
+        jacfwd(jacfwd(lambda x: fit_rotation(x, y).rotation))(x)
+    function = lambda x: fit_rotation(x, y).rotation[0, 1]  # noqa: E731
+    torch.testing.assert_close(jacrev(jacfwd(function))(x), jacfwd(jacrev(function))(x))
+
+
 @special
 @pytest.mark.parametrize(("n", "d"), [(2, 5), (7, 4)])
 def test_vmap_is_a_loop(n, d, special, device):
@@ -112,13 +126,33 @@ def test_compiles_as_one_graph_forward_and_backward(n, d, special, backend, devi
     torch.testing.assert_close(*grads)
 
 
-def test_compiles_once_for_all_sizes(device):
+@special
+def test_compiles_once_for_all_sizes(special, device):
     torch.compiler.reset()
     compiled = torch.compile(fit_rotation, fullgraph=True, backend="aot_eager", dynamic=True)
     for n, d in ((12, 4), (9, 5), (3, 6), (2, 7)):
         x, y = torch.randn(2, n, d, device=device)
-        for a, b in zip(compiled(x, y), fit_rotation(x, y), strict=True):
+        expected = fit_rotation(x, y, special=special)
+        for a, b in zip(compiled(x, y, special=special), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("function", [rotation_angles, lambda r: rotation_distance(r, r.mT)])
+def test_measures_compile_for_all_sizes(function, device):
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, d in ((3, 4), (2, 5)):
+        r = random_orthogonal(d, batch_shape=(n,), device=device)
+        torch.testing.assert_close(compiled(r), function(r), equal_nan=True)
+
+
+def test_shapes_are_known_without_values():
+    x = torch.empty(7, 3, 5, device="meta")
+    for n in (3, 2):
+        fit = fit_rotation(x[:, :n], x[:, :n], special=True)
+        assert fit.rotation.shape == (7, 5, 5)
+    assert random_orthogonal(4, special=True, device="meta").shape == (4, 4)
+    assert rotation_angles(fit.rotation).shape == (7, 2)
 
 
 # Where singular values repeat
