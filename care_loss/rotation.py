@@ -52,9 +52,6 @@ def fit_rotation(
     orthogonal to all rows stay as they are (over SO(D) at most one of them turns). Where several of
     these are equally near to the identity, the result is one of them.
 
-    Singular values of :math:`X^\top W Y` count as 0 where their sum is below
-    :math:`(8 \varepsilon)^2 s_1`: this is what rounding leaves of dependent rows.
-
     The gradient is that of this map where the fit is unique, and where `N <= D - 2` and the rows of
     each side are linearly independent. Elsewhere it is finite. With many rows of low rank (padding
     of weight 0, say), it does not include that the map between the directions orthogonal to all
@@ -115,7 +112,7 @@ def fit_rotation(
     eps = torch.finfo(gap_dtype).eps
     x = x.detach() / unit
     if n <= d - 2:
-        left, right = _fit_few_rows(a, b, special, eps)
+        left, right = _fit_few_rows(a, b, special)
         # What differs from the identity is exactly 0 where the inputs are equal.
         right = right - right.detach().masked_fill(~equal, 0)
         # Strips of the product stay in the cache until they are cast.
@@ -126,9 +123,8 @@ def fit_rotation(
         mapped = x + x @ left.detach().mT @ right.detach()
         gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
     else:
-        rotation, _, values = _polar(
-            a.mT @ b, special=special, complete=True, zero=(8 * eps) ** 2, tie=8 * eps, rows=n
-        )
+        m = a.mT @ b
+        rotation, _, values = _polar(m, special=special, complete=True, tie=8 * eps, rows=n)
         # I - R is exact next to I, and so is R + (I - R).
         identity = torch.eye(d, dtype=x.dtype, device=x.device)
         rotation = rotation + (identity - rotation.detach()).masked_fill(~equal, 0)
@@ -345,7 +341,7 @@ def _gap(values: Tensor, special: bool, eps: float, size: int) -> Tensor:
     return (smallest / _or_1(largest)).squeeze(-1)
 
 
-def _fit_few_rows(x: Tensor, y: Tensor, special: bool, eps: float) -> tuple[Tensor, Tensor]:
+def _fit_few_rows(x: Tensor, y: Tensor, special: bool) -> tuple[Tensor, Tensor]:
     """Fit `N <= D - 2` rows `(*, N, D)` in their span; all other directions stay as they are.
 
     Returns left and right `(*, 2N, D)` of the rotation `1 + left.mT @ right`.
@@ -357,7 +353,7 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, eps: float) -> tuple[Tens
     """
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     f, _, _ = _polar(x)
-    v, _, _ = _polar(x @ f.mT @ y, zero=(8 * eps) ** 2)
+    v, _, _ = _polar(x @ f.mT @ y)
     # Dependent rows leave fewer than N directions: the frames are 0 on the others, and o is 1.
     kept = v @ v.mT
     u = kept @ f

@@ -463,6 +463,18 @@ def test_rows_that_are_dependent_but_for_rounding_turn_nothing_else(d, seed, ran
         close(found.trace(), exact.trace(), 1e-3)  # a tie, but for rounding
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_axes_that_are_mirrored_are_turned_into_another(n, device):
+    x = torch.eye(5, device=device)[:n]
+    for k in range(n):
+        y = x.clone()
+        y[k] *= -1
+        fit = fit_rotation(x, y, special=True)
+        assert fit.residual <= 1e-6
+        assert_orthogonal(fit.rotation.double(), special=True, tolerance=1e-6)
+        assert abs(fit.rotation.trace() - 1) <= 1e-6
+
+
 @given(problems(), booleans)
 def test_the_gap_is_that_of_the_singular_values(problem, special):
     x, y = problem

@@ -238,6 +238,19 @@ def test_first_and_second_derivatives_are_finite_at_degenerate_points(
         assert all(g.isfinite().all() for g in (value, *first, *second))
 
 
+def test_the_gradient_is_zero_along_what_turns_freely(device):
+    # The nearest rotations to a reflection form a circle or a sphere. In float32 the singular
+    # values are equal but for rounding: reciprocals of their differences would be 1e6 and more.
+    for d in (2, 3, 6):
+        for seed in range(20):
+            m = orthogonal(d, seed, reflect=True).float().to(device).requires_grad_()
+            g = torch.randn(d, d, device=device)
+            (grad,) = torch.autograd.grad(nearest_orthogonal(m, special=True), m, g)
+            assert grad.norm() <= 2 * g.norm()
+            (grad,) = torch.autograd.grad(fit_rotation(m, m.detach() @ m.detach()).rotation, m, g)
+            assert grad.norm() <= 4 * g.norm()
+
+
 def test_the_gradient_of_an_equivariant_model_is_right(device):
     # Autograd through svd is NaN at these points. A small step against the gradient must help.
     q, target = orthogonal(8, 0).to(device), orthogonal(8, 1).to(device)
