@@ -62,9 +62,8 @@ def fit_rotation(
         target: Rows to be reached, in the dtype of `source`, `(*, N, D)`.
         weights: A weight >= 0 for each row, `(*, N)`. A weight of 2 counts a row twice. A row of
             weight 0 is ignored: it may contain anything, NaN included. The gradients of the row and
-            of its weight are 0.
-            Negative weights are an error on a CPU; on other devices, under `torch.compile` and
-            under `vmap` their values are not read and they give NaN.
+            of its weight are 0. Negative weights are an error on a CPU; on other devices, under
+            `torch.compile` and under `vmap` their values are not read, and they give NaN.
         special: Fit over SO(D), the maps of determinant +1, instead of O(D).
 
     Returns:
@@ -461,6 +460,11 @@ def _determinant(q: Tensor) -> Tensor:
 @_determinant.register_fake
 def _(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-2])
+
+
+@_determinant.register_vmap
+def _(info: Any, in_dims: Any, q: Tensor) -> Any:
+    return _determinant(q.movedim(in_dims[0], 0)), 0
 
 
 def _with_last_times(x: Tensor, factor: Tensor) -> Tensor:

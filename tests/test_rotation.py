@@ -501,6 +501,37 @@ def test_the_gap_says_whether_the_fit_is_unique():
     assert fit_rotation(e[:1], e[1:2], special=True).gap == 0
 
 
+def test_the_gap_counts_small_values_as_0_in_the_dtype_of_the_input(device):
+    x = torch.eye(2, device=device)
+    y = x * torch.tensor([1.0, 1e-6], device=device)
+    assert fit_rotation(x, y).gap == pytest.approx(2e-6)  # max(N, D) eps is 2.4e-7 here
+    many = [torch.nn.functional.pad(z, (0, 0, 0, 98)) for z in (x, y)]
+    assert fit_rotation(*many).gap == 0  # and 1.2e-5 here
+    assert fit_rotation(*(z.double() for z in many)).gap == pytest.approx(2e-6)
+    # Each counts as 0 by itself, also where their sum would not.
+    x = torch.nn.functional.pad(torch.eye(3, device=device), (0, 0, 0, 97))
+    y = x * torch.tensor([1.0, 1e-5, 1e-5], device=device)
+    assert fit_rotation(x, y, special=True).gap == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gap_is_0_where_the_smallest_values_tie_but_for_rounding(dtype, device):
+    for seed in range(20):
+        x, q = orthogonal(4, seed), orthogonal(4, seed + 1, reflect=True)
+        x, y = (z.to(dtype).to(device) for z in (x, x @ q))
+        assert fit_rotation(x, y, special=True).gap == 0
+
+
+def test_rounding_in_a_sum_of_many_rows_is_no_direction(device):
+    u = torch.randn(1, 4, dtype=torch.float64, device=device)
+    q = orthogonal(4, 0).to(device)
+    expected = fit_rotation(u, u @ q, special=True).rotation
+    for _ in range(10):
+        x = torch.randn(50_000, 1, dtype=torch.float64, device=device) @ u
+        found = fit_rotation(x, x @ q, special=True).rotation
+        torch.testing.assert_close(found, expected)
+
+
 # Shapes and dtypes
 
 

@@ -97,6 +97,16 @@ def test_vmap_is_a_loop(n, d, special, device):
     torch.testing.assert_close(one_target[2], function(x[2], y[0]))
 
 
+def test_vmap_of_measures_is_a_loop(device):
+    r = random_orthogonal(4, batch_shape=(5,), dtype=torch.float64, device=device)
+    for dim in (0, 1):
+        moved = r.movedim(0, dim)
+        angles = vmap(rotation_angles, in_dims=dim)(moved)
+        torch.testing.assert_close(angles, rotation_angles(r), equal_nan=True)
+        distances = vmap(rotation_distance, in_dims=(dim, None))(moved, r[0])
+        torch.testing.assert_close(distances, rotation_distance(r, r[0]))
+
+
 def test_negative_weights_are_nan_where_they_cannot_be_read(device):
     x, y = rows(7, 4, device, 2)
     w = torch.ones(2, 7, dtype=torch.float64, device=device)
