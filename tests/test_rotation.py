@@ -343,6 +343,15 @@ def test_the_answer_is_the_limit_of_what_a_pull_towards_the_identity_gives(m, sp
     assert special
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_zeros_that_were_rounded_to_float32_are_zeros(special, device):
+    for seed in range(20):
+        s = torch.tensor([1.0, 1.0, 0.7, 0.5, 0.0, 0.0, 0.0], dtype=torch.float64)
+        m = ((orthogonal(7, seed) * s) @ orthogonal(7, seed + 1)).to(device)
+        found = nearest_orthogonal(m.float(), special=special).double()
+        assert (found - nearest_orthogonal(m, special=special)).abs().max() <= 1e-4
+
+
 @given(st.integers(3, 9), st.integers(1, 7), seeds, booleans)
 def test_few_rows_have_the_limit_too(d, n, seed, special):
     n = min(n, d - 1)
