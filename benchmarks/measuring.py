@@ -23,12 +23,16 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
         name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         for name, call in calls.items()
     }
-    for timer in timers.values():
-        timer.timeit(3 if timer.timeit(1).mean < 1 else 1)
+    slow = {name: timer.timeit(1).mean > 0.5 for name, timer in timers.items()}
+    for name, timer in timers.items():
+        if not slow[name]:
+            timer.timeit(3)
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
-            seconds[name].append(timer.blocked_autorange(min_run_time=0.1).median)
+            # A block of several runs for one sample would be wasted on a slow call.
+            sample = timer.timeit(1) if slow[name] else timer.blocked_autorange(min_run_time=0.1)
+            seconds[name].append(sample.median)
     return seconds
 
 
