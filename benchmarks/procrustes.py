@@ -77,10 +77,11 @@ def roma_special(source: Tensor, target: Tensor) -> Tensor:
 
 def contenders(b: int, n: int, d: int, device: str) -> dict[str, tuple[Fit, bool, bool]]:
     """Name the functions: each with whether it fits over SO(D) and whether it has a backward."""
+    backward = b * d**3 < 4e9  # beyond that the backward of an SVD takes many seconds
     found: dict[str, tuple[Fit, bool, bool]] = {
-        "SVD": (svd, False, True),
-        "SVD in float64": (lambda x, y: svd(x.double(), y.double()).float(), False, True),
-        "SVD, SO(D)": (svd_special, True, True),
+        "SVD": (svd, False, backward),
+        "SVD in float64": (lambda x, y: svd(x.double(), y.double()).float(), False, backward),
+        "SVD, SO(D)": (svd_special, True, backward),
         "care_loss": (lambda x, y: fit_rotation(x, y).rotation, False, True),
         "care_loss, SO(D)": (lambda x, y: fit_rotation(x, y, special=True).rotation, True, True),
     }
