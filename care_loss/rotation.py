@@ -123,7 +123,7 @@ def fit_rotation(
         gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
     else:
         m = a.mT @ b
-        rotation, _, values = _polar(m, special=special, complete=True, tie=8 * eps, rows=n)
+        rotation, _, values = _polar(m, special=special, full=True, tie=8 * eps, rows=n)
         # I - R is exact next to I, and so is R + (I - R).
         identity = torch.eye(d, dtype=x.dtype, device=x.device)
         rotation = rotation + (identity - rotation.detach()).masked_fill(~equal, 0)
@@ -174,7 +174,7 @@ def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
     x = x / _or_1(x.detach().abs().amax((-2, -1), keepdim=True))
     eps = torch.finfo(_computed_in(matrix)).eps
     zero = min(8, x.shape[-1]) * eps
-    return _polar(x, special=special, complete=True, zero=zero, tie=8 * eps)[0].to(matrix.dtype)
+    return _polar(x, special=special, full=True, zero=zero, tie=8 * eps)[0].to(matrix.dtype)
 
 
 def random_orthogonal(
@@ -356,7 +356,7 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool) -> tuple[Tensor, Tensor]:
     # Dependent rows leave fewer than N directions: the frames are 0 on the others, and o is 1.
     kept = v @ v.mT
     u = kept @ f
-    o, basis, _ = _polar(u @ v.mT + 2 * (identity - kept), special=special, complete=True)
+    o, basis, _ = _polar(u @ v.mT + 2 * (identity - kept), special=special, full=True)
     middle = v + o.mT @ u
     if special:
         middle = middle + _where_opposite(middle, v, o.mT @ basis[..., -1:])
@@ -391,7 +391,7 @@ def _polar(
     x: Tensor,
     *,
     special: bool = False,
-    complete: bool = False,
+    full: bool = False,
     zero: float = 0.0,
     tie: float = 0.0,
     floor: float = 0.0,
@@ -399,7 +399,7 @@ def _polar(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the orthogonal polar factor of matrices `(*, N, D)` with `N <= D`.
 
-    Without `complete` it is a partial isometry: 0 where the matrix is 0. With it (`N = D`) it is
+    Without `full` it is a partial isometry: 0 where the matrix is 0. With it (`N = D`) it is
     orthogonal, the nearest to the identity where singular values are 0, and of determinant 1 where
     `special`. Trailing singular values count as 0 where their sum is at most `zero` times the
     largest, or where they are rounding noise or at most `floor`; as equal where they differ by at
@@ -414,7 +414,7 @@ def _polar(
     # D = 2, 4.6 eps for 128 and 10.1 eps for 1024.
     noise = (4 + math.sqrt(max(rows, *x.shape[-2:]))) * torch.finfo(x.dtype).eps
     function = _function(_Polar, _ForwardPolar)
-    return function.apply(x, special, complete, zero, max(tie, noise), floor, noise)  # type: ignore[no-any-return]
+    return function.apply(x, special, full, zero, max(tie, noise), floor, noise)  # type: ignore[no-any-return]
 
 
 def _polished(factor: Tensor) -> Tensor:
@@ -490,13 +490,7 @@ class _Polar(Function):
 
     @staticmethod
     def forward(
-        x: Tensor,
-        special: bool,
-        complete: bool,
-        zero: float,
-        tie: float,
-        floor: float,
-        noise: float,
+        x: Tensor, special: bool, full: bool, zero: float, tie: float, floor: float, noise: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         broken = ~x.sum((-2, -1), keepdim=True).isfinite()
         # The transpose lies in memory as LAPACK wants it.
@@ -505,7 +499,7 @@ class _Polar(Function):
         tail = s.flip(-1).cumsum(-1).flip(-1)
         null = (tail <= zero * top) | (s <= (noise * top).clamp_min(floor))
         s = s.masked_fill(null, 0)
-        if not complete:
+        if not full:
             q = q.masked_fill(null.unsqueeze(-2), 0)
         elif _any(null):
             p, q = _toward_identity(p, q, null)
@@ -521,7 +515,7 @@ class _Polar(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, ctx.complete, _, ctx.tie, _, ctx.noise = inputs
+        x, _, ctx.full, _, ctx.tie, _, ctx.noise = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, *output)
         ctx.save_for_forward(x, *output)
@@ -538,7 +532,7 @@ class _Polar(Function):
         least = torch.where(opposite, ctx.tie, ctx.noise) * top
         inverse = torch.where(sums > least, 1 / sums, 0)
         result = _solve(h, k - k.mT, basis, inverse) @ factor
-        if not ctx.complete:
+        if not ctx.full:
             kept = basis * (values > 0).to(basis.dtype).unsqueeze(-2)
             pseudoinverse = _solve(h, 2 * kept @ basis.mT, basis, inverse)
             result = result + pseudoinverse @ (step - k @ factor)
