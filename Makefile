@@ -16,7 +16,7 @@ test: $(VENV)/.test
 	$(RUN) -m pytest $(ARGS)
 
 test-deep: $(VENV)/.test  ## many more examples for every theorem
-	$(RUN) -m pytest tests/test_theorems.py --hypothesis-profile=deep $(ARGS)
+	$(RUN) -m pytest tests/test_theorems.py tests/test_rotation.py --hypothesis-profile=deep $(ARGS)
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .

@@ -299,8 +299,9 @@ def _angles(r: Tensor) -> Tensor:
     r = r.masked_fill(broken, 0)
     identity = torch.eye(d, dtype=r.dtype, device=r.device)
     # Singular values come in pairs; in odd dimensions the smallest of R - I is alone, and is 0.
-    sines = torch.linalg.svdvals(r - identity)[..., : d // 2 * 2 : 2]
-    cosines = torch.linalg.svdvals(r + identity).flip(-1)[..., : d // 2 * 2 : 2]
+    # Not svdvals: without vectors, LAPACK has returned one of a pair with an error of 52 eps.
+    sines = torch.linalg.svd(r - identity).S[..., : d // 2 * 2 : 2]
+    cosines = torch.linalg.svd(r + identity).S.flip(-1)[..., : d // 2 * 2 : 2]
     return (2 * torch.atan2(sines, cosines)).masked_fill(broken.squeeze(-1), torch.nan)
 
 

@@ -88,7 +88,8 @@ def assert_optimal(m, r, special):
     """No orthogonal matrix is nearer to m, as is seen from R'M without any decomposition of m."""
     h = r.mT @ m
     scale = m.norm()
-    assert (h - h.mT).norm() <= 100 * EPS * scale
+    # Where a direction is turned into its opposite, its plane is known to eps times a condition.
+    assert (h - h.mT).norm() <= (1e-10 if special else 100 * EPS) * scale
     low = torch.linalg.eigvalsh((h + h.mT) / 2)
     if special and len(low) > 1:
         assert low[0] + low[1] >= -100 * EPS * scale
@@ -247,8 +248,10 @@ def test_rows_and_columns_of_zeros_change_nothing(problem, rows, columns):
 def test_the_scale_of_the_rows_does_not_matter(problem, special, scale):
     x, y = problem
     fit, scaled = (fit_rotation(x, z, special=special) for z in (y, scale * y))
-    close(scaled.rotation, fit.rotation, 1e-7)
     close(scaled.gap, fit.gap)
+    if not torch.allclose(scaled.rotation, fit.rotation, atol=1e-7):  # a tie, as for opposite rows
+        assert fit.gap == 0
+        close(scaled.rotation.trace(), fit.rotation.trace(), 1e-7)
     both = fit_rotation(scale * x, scale * y, special=special)
     close(both.residual / scale, fit.residual)
     with_a_zero = [torch.cat((scale * z, 0 * z[:1])) for z in (x, y)]
