@@ -123,7 +123,10 @@ def fit_rotation(
         gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
     else:
         m = a.mT @ b
-        rotation, _, values = _polar(m, special=special, full=True, tie=8 * eps, rows=n)
+        floor = _noise(m, max(n, d))
+        rotation, _, values = _polar(
+            m, special=special, full=True, tie=8 * eps, floor=floor, rows=n
+        )
         # I - R is exact next to I, and so is R + (I - R).
         identity = torch.eye(d, dtype=x.dtype, device=x.device)
         rotation = rotation + (identity - rotation.detach()).masked_fill(~equal, 0)
@@ -309,7 +312,8 @@ def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return a, b with `a.mT @ b` a positive multiple of `x.mT @ (w * y)`, and the largest entry.
 
     Rows of `x` that are far shorter than others may meet rows of `y` that are far longer. Here all
-    rows of `a` have the size 1 (or are 0), and those of `b` that of their product, at most 1.
+    rows of `a` have the size 1 (or are 0), and those of `b` that of their product. The root of the
+    sum of the squares of these products is 1: whatever cancels, rounding is relative to 1.
     """
     size_x, size_y = (z.detach().abs().amax(-1, keepdim=True) for z in (x, y))
     w = w.unsqueeze(-1)
@@ -317,7 +321,9 @@ def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     share = (w / _or_1(most_w)) * (size_x / _or_1(most_x)) * (size_y / _or_1(most_y))
     share = share / _or_1(share.detach().amax(-2, keepdim=True))
     unit = _or_1(torch.maximum(most_x, most_y))
-    return x / _or_1(size_x), y / _or_1(size_y) * share, unit
+    a, b = x / _or_1(size_x), y / _or_1(size_y) * share
+    squares = (a.detach().square().sum(-1) * b.detach().square().sum(-1)).sum(-1)
+    return a, b / _or_1(squares.sqrt())[..., None, None], unit
 
 
 def _or_1(x: Tensor) -> Tensor:
@@ -353,7 +359,7 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool) -> tuple[Tensor, Tensor]:
     """
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     f, _, _ = _polar(x)
-    v, _, _ = _polar(x @ f.mT @ y)
+    v, _, _ = _polar(x @ f.mT @ y, floor=_noise(x, x.shape[-1]))
     # Dependent rows leave fewer than N directions: the frames are 0 on the others, and o is 1.
     kept = v @ v.mT
     u = kept @ f
@@ -411,11 +417,17 @@ def _polar(
         `(*, N)`, descending: the singular values, the last with a sign where `special`. Only the
         factor has a derivative.
     """
-    # What a decomposition makes of a 0, relative to the largest value. Seen: up to 3.4 eps for
-    # D = 2, 4.6 eps for 128 and 10.1 eps for 1024.
-    noise = (4 + math.sqrt(max(rows, *x.shape[-2:]))) * torch.finfo(x.dtype).eps
+    noise = _noise(x, max(rows, *x.shape[-2:]))
     function = _function(_Polar, _ForwardPolar)
     return function.apply(x, special, full, zero, max(tie, noise), floor, noise)  # type: ignore[no-any-return]
+
+
+def _noise(x: Tensor, size: int) -> float:
+    """Return what rounding makes of a singular value of 0, relative to the largest.
+
+    Seen: up to 3.4 eps for D = 2, 4.6 eps for 128 and 10.1 eps for 1024.
+    """
+    return (4 + math.sqrt(size)) * torch.finfo(x.dtype).eps
 
 
 def _polished(factor: Tensor) -> Tensor:

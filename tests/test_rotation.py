@@ -544,6 +544,18 @@ def test_rounding_in_a_sum_of_many_rows_is_no_direction(device):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("n", [2, 4, 9])
+@pytest.mark.parametrize("special", [False, True])
+def test_products_that_nearly_cancel_leave_no_direction(n, special, device):
+    # The rows are multiples of one vector, and their products nearly sum to 0.
+    for seed in range(50):
+        u = normal(1, 5, seed=seed).to(device)
+        c = normal(n, 1, seed=seed + 1).to(device)
+        c[-1] = 1e-4 - c[:-1].sum()
+        r = fit_rotation(c * u, u.expand(n, 5), special=special).rotation
+        torch.testing.assert_close(r, torch.eye(5, dtype=u.dtype, device=device), rtol=0, atol=1e-9)
+
+
 # Shapes and dtypes
 
 
