@@ -207,7 +207,7 @@ def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
             "`source` is mapped to."
         )
     _same_dtype_and_device("source", source, "target", target)
-    _broadcastable("source", source.shape[:-2], "target", target.shape[:-2])
+    leading = _broadcastable("source", source.shape[:-2], "target", target.shape[:-2])
     if weights is None:
         return
     _floating("weights", weights)
@@ -217,7 +217,6 @@ def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
             "one weight per row."
         )
     _on_device("weights", weights, source.device, "`source`")
-    leading = _broadcastable("source", source.shape[:-2], "target", target.shape[:-2])
     _broadcastable("source` and `target", leading, "weights", weights.shape[:-1])
     _not_negative("weights", weights)
 

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -36,7 +34,6 @@ def test_rotations_are_timed_beside_their_rivals(tmp_path, device):
 
 
 def test_rivals_fail_where_it_is_said_and_care_loss_does_not(tmp_path):
-    pytest.importorskip("roma")
     path = tmp_path / "gradients.csv"
     run("procrustes_gradients.py", "--csv", str(path))
     with path.open(newline="") as file:
