@@ -33,7 +33,7 @@ test-wheel: wheel
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -r tests pyproject.toml build/wheel
 	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/python $(INSTALL) dist/*.whl pytest hypothesis numpy
+	build/wheel/venv/bin/python $(INSTALL) dist/*.whl pytest hypothesis mpmath numpy
 	cd build/wheel && venv/bin/python -c "import care_loss; print(care_loss.__file__)" \
 		| grep site-packages
 	cd build/wheel && venv/bin/python -m pytest $(WHEEL_TESTS:%=tests/test_%.py)

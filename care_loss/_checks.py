@@ -5,6 +5,7 @@ device: reading those would make the host wait for it at every step.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -208,17 +209,65 @@ def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
         )
     _same_dtype_and_device("source", source, "target", target)
     leading = _broadcastable("source", source.shape[:-2], "target", target.shape[:-2])
-    if weights is None:
-        return
-    _floating("weights", weights)
-    if not weights.ndim or weights.shape[-1] != source.shape[-2]:
+    _row_weights(weights, "source", source, "source` and `target", leading)
+
+
+def points_to_average(x: Any, weights: Any) -> None:
+    """Require points `(*, N, D)`, and a weight `(*, N)` for each or None."""
+    _floating("x", x)
+    if x.ndim < 2 or x.shape[-2] < 1 or x.shape[-1] < 1:
         raise ValueError(
-            f"`weights` must have shape (*, {source.shape[-2]}), got {tuple(weights.shape)}: pass "
-            "one weight per row."
+            f"`x` must have shape (*, N, D) with N >= 1 and D >= 1, got {tuple(x.shape)}: pass "
+            "one point per row."
         )
-    _on_device("weights", weights, source.device, "`source`")
-    _broadcastable("source` and `target", leading, "weights", weights.shape[:-1])
-    _not_negative("weights", weights)
+    _row_weights(weights, "x", x, "x", x.shape[:-2])
+
+
+def vectors(**tensors: Any) -> None:
+    """Require vectors `(*, D)` of one D, one dtype and one device, with shapes that broadcast."""
+    (name, first), *_ = tensors.items()
+    names, leading = name, torch.Size()
+    for other_name, other in tensors.items():
+        _floating(other_name, other)
+        if not other.ndim or other.shape[-1] < 1:
+            raise ValueError(
+                f"`{other_name}` must have shape (*, D) with D >= 1, got {tuple(other.shape)}: "
+                "pass one vector per index of the leading dimensions."
+            )
+        if first.shape[-1] != other.shape[-1]:
+            raise ValueError(
+                f"`{name}` and `{other_name}` must have the same D in their shapes (*, D), got "
+                f"{tuple(first.shape)} and {tuple(other.shape)}: pass vectors of the same space."
+            )
+        _same_dtype_and_device(name, first, other_name, other)
+        leading = _broadcastable(names, leading, other_name, other.shape[:-1])
+        names = name if other_name == name else f"{names}` and `{other_name}"
+
+
+def unit(**tensors: Tensor) -> None:
+    """Require unit vectors, or zero vectors, where their lengths can be read."""
+    for name, x in tensors.items():
+        length = _read(x, _length_farthest_from_1)
+        if length is not None and abs(length - 1) > 0.01:
+            raise ValueError(
+                f"`{name}` must contain unit vectors along the last dimension, got one of length "
+                f"{length:.3g}: pass care_loss.sphere.normalize({name})."
+            )
+
+
+def position(name: str, value: Any, x: Tensor, y: Tensor) -> None:
+    """Require a finite number, or a tensor that broadcasts with the leading dimensions."""
+    if isinstance(value, Tensor):
+        _floating(name, value)
+        if value.ndim or value.device.type != "cpu":  # a single number may stay there
+            _on_device(name, value, x.device, "the points")
+        leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        _broadcastable("x` and `y", leading, name, value.shape)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(
+            f"`{name}` must be a finite number or a torch.Tensor of a floating point dtype, got "
+            f"{_kind(value)}: convert it with torch.as_tensor() or float()."
+        )
 
 
 def square(**tensors: Any) -> None:
@@ -249,7 +298,7 @@ def sample(dim: Any, batch_shape: Any, generator: Any, dtype: Any) -> None:
     if not is_shape or not all(_is_int(size) and size >= 0 for size in batch_shape):
         raise ValueError(
             f"`batch_shape` must be a tuple of ints >= 0, got {batch_shape!r}: pass (n,) for n "
-            "matrices."
+            "samples."
         )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
@@ -272,7 +321,7 @@ def forward_mode_once() -> None:
     levels = [level.key() for level in retrieve_all_functorch_interpreters()]
     if levels.count(TransformType.Jvp) > 1:
         raise NotImplementedError(
-            "second derivatives of rotations must use reverse mode once, got forward mode within "
+            "second derivatives must use reverse mode once, got forward mode within "
             "forward mode: use torch.func.hessian, or jacrev in place of one jacfwd."
         )
 
@@ -324,16 +373,38 @@ def _broadcastable(name: str, shape: Any, other_name: str, other_shape: Any) -> 
         ) from None
 
 
-def _not_negative(name: str, value: Tensor) -> None:
-    """Require values >= 0 where reading them costs nothing: on a CPU, outside of transforms."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+def _row_weights(weights: Any, name: str, rows: Tensor, names: str, leading: Any) -> None:
+    """Require a weight >= 0 for each of the rows `(*, N, D)`, or None."""
+    if weights is None:
         return
+    _floating("weights", weights)
+    if not weights.ndim or weights.shape[-1] != rows.shape[-2]:
+        raise ValueError(
+            f"`weights` must have shape (*, {rows.shape[-2]}), got {tuple(weights.shape)}: pass "
+            "one weight per row."
+        )
+    _on_device("weights", weights, rows.device, f"`{name}`")
+    _broadcastable(names, leading, "weights", weights.shape[:-1])
+    least = _read(weights, Tensor.min)
+    if least is not None and least < 0:
+        raise ValueError(f"`weights` must be >= 0, got {least}: set it to 0 to leave a row out.")
+
+
+def _length_farthest_from_1(x: Tensor) -> Tensor:
+    """Return the length that is farthest from 1 among vectors that are not 0."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1).flatten()
+    length = length.masked_fill(length == 0, 1)
+    return length[(length - 1).abs().argmax()]
+
+
+def _read(x: Tensor, reduction: Callable[[Tensor], Tensor]) -> float | None:
+    """Reduce to a number where reading it costs nothing: on a CPU, outside of transforms."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return None
     try:
-        least = float(value.detach().min()) if value.numel() else 0.0
+        return float(reduction(x.detach()))
     except RuntimeError:  # under vmap there is no single value to read
-        return
-    if least < 0:
-        raise ValueError(f"`{name}` must be >= 0, got {least}: set it to 0 to leave a row out.")
+        return None
 
 
 def _is_int(value: Any) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
-from care_loss.sphere import _computed_in, _exact
+from care_loss.sphere import _computed_in, _exact, _function
 
 
 class RotationFit(NamedTuple):
@@ -487,11 +487,6 @@ def _with_last_times(x: Tensor, factor: Tensor) -> Tensor:
 def _any(mask: Tensor) -> bool:
     """Tell whether anything is true; where values cannot be read, something may be."""
     return torch.compiler.is_compiling() or mask.is_meta or bool(mask.any())
-
-
-def _function(plain: type[Function], with_forward_mode: type[Function]) -> Any:
-    """Choose the Function: torch.compile does not trace those that have a forward mode."""
-    return plain if torch.compiler.is_compiling() else with_forward_mode
 
 
 class _Polar(Function):

@@ -1,7 +1,28 @@
-"""Unit vectors along the last dimension."""
+r"""Geometry of the unit sphere, along the last dimension.
+
+Points are unit vectors `(*, D)`: normalise embeddings with :func:`normalize` first. Tangent vectors
+at a point are orthogonal to it. Leading dimensions broadcast. All tensors of one call have the same
+dtype, and results have it too; half types are computed in float32.
+
+On a CPU the lengths of the points are read: a length that differs from 1 by more than 0.01 is an
+error, except for zero vectors, which :func:`normalize` returns for zero vectors. On other devices,
+under `torch.compile` and under `vmap` nothing is read. Whether a vector is tangent is never
+checked; :func:`tangent_projection` makes it so.
+
+Many shortest paths join a point and its antipode. Of these the functions choose the one through the
+point orthogonal to `x` that is nearest to the axis of the smallest entry of `x`. The same holds for
+points that are antipodal to within :math:`8 \varepsilon`. All first derivatives are finite there.
+For `D = 1` no path exists, and what describes it has no meaning.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from care_loss import _checks
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -19,12 +40,16 @@ def normalize(x: Tensor) -> Tensor:
     Returns:
         Unit vectors in the dtype of `x`, computed in float32 at least, `(*, D)`.
 
+    Raises:
+        TypeError, ValueError: if the argument is not as described.
+
     Example:
         >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e30, 4e30]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000],
                 [0.6000, 0.8000]])
     """
+    _checks.vectors(x=x)
     y = x.to(_computed_in(x))
     # x/‖x‖ does not change when x is divided by a constant, and the largest entry may be treated
     # as one: it brings every sum of squares into [1, D]. Dividing a zero row by infinity makes both
@@ -34,6 +59,412 @@ def normalize(x: Tensor) -> Tensor:
     # Only zero rows are below 1, so the clamp changes nothing else.
     length = y.square().sum(-1, keepdim=True).clamp_min(1).sqrt()
     return (y / length).to(x.dtype)
+
+
+def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+    r"""Return the angle between points, the length of the shortest path on the sphere.
+
+    .. math:: 2 \operatorname{atan2}(\lVert x - y \rVert, \lVert x + y \rVert)
+
+    The angle is exactly 0 for equal points, and in float32 accurate to a relative error of 1e-6
+    down to angles of 1e-4 (`acos` of the inner product returns 0 there). Differences in length that
+    are due to rounding are corrected for.
+
+    The gradient is a unit tangent vector, and 0 where the points are equal or antipodal. The square
+    of the distance has derivatives of every order where points are equal as well: to use them,
+    compute it as ``logmap(x, y).square().sum(-1)``.
+
+    Args:
+        x: Points, `(*, D)`.
+        y: Points, `(*, D)`.
+        keepdim: Keep the last dimension, with size 1.
+
+    Returns:
+        Angles in radians, in [0, pi], `(*)`, or with `keepdim` `(*, 1)`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> geodesic_distance(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+        tensor(1.5708)
+
+    References:
+        Kahan, How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?, 2006,
+        section 12.
+    """
+    _checks.vectors(x=x, y=y)
+    _checks.unit(x=x, y=y)
+    dtype = _computed_in(x)
+    function = _function(_Angle, _ForwardAngle)
+    angle: Tensor = function.apply(*torch.broadcast_tensors(x.to(dtype), y.to(dtype)))
+    return (angle.unsqueeze(-1) if keepdim else angle).to(x.dtype)
+
+
+def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
+    r"""Interpolate along the shortest path from `x` to `y` with constant speed.
+
+    Args:
+        x: Points where `t` is 0, `(*, D)`.
+        y: Points where `t` is 1, `(*, D)`.
+        t: The position on the path: a number or a floating point tensor `(*)` that broadcasts with
+            the leading dimensions. Outside [0, 1] the path goes on along the great circle.
+
+    Returns:
+        Points, `(*, D)`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> slerp(x, y, 0.5)
+        tensor([0.7071, 0.7071])
+        >>> slerp(x, y, torch.tensor([1 / 3, 2.0])).round(decimals=4)
+        tensor([[ 0.8660,  0.5000],
+                [-1.0000,  0.0000]])
+
+    References:
+        Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985.
+    """
+    _checks.vectors(x=x, y=y)
+    _checks.unit(x=x, y=y)
+    _checks.position("t", t, x, y)
+    dtype = _computed_in(x)
+    middle, difference, squared_half = _path(x.to(dtype), y.to(dtype))
+    s = t.to(dtype).unsqueeze(-1) if isinstance(t, Tensor) else t
+    # Along the circle through both points, measured from the middle of the path.
+    from_middle = 1 - 2 * s
+    cos, sinc = _cos_and_sinc(squared_half * from_middle**2)
+    along = from_middle / 2 * sinc / _cos_and_sinc(squared_half)[1]
+    return (cos * middle + along * difference).to(x.dtype)
+
+
+def expmap(x: Tensor, v: Tensor) -> Tensor:
+    r"""Follow the great circle that leaves `x` in the direction of `v` for the length of `v`.
+
+    .. math:: \cos \lVert v \rVert \, x + \frac{\sin \lVert v \rVert}{\lVert v \rVert} \, v
+
+    Args:
+        x: Points, `(*, D)`.
+        v: Tangent vectors at `x`, `(*, D)`, of any length in radians. The result is a unit vector
+            only where `v` is tangent: project gradients with :func:`tangent_projection`.
+
+    Returns:
+        Points, `(*, D)`; `x` itself where `v` is 0, with the identity as derivative in `v`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> expmap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, torch.pi / 2])).round(decimals=6)
+        tensor([-0.,  1.])
+    """
+    _checks.vectors(x=x, v=v)
+    _checks.unit(x=x)
+    dtype = _computed_in(x)
+    step = v.to(dtype)
+    cos, sinc = _cos_and_sinc(step.square().sum(-1, keepdim=True))
+    return (cos * x.to(dtype) + sinc * step).to(x.dtype)
+
+
+def logmap(x: Tensor, y: Tensor) -> Tensor:
+    r"""Return the tangent vector at `x` that leads to `y`, the inverse of :func:`expmap`.
+
+    Args:
+        x: Points, `(*, D)`.
+        y: Points, `(*, D)`.
+
+    Returns:
+        Tangent vectors at `x` whose lengths are the geodesic distances, in [0, pi], `(*, D)`;
+        exactly 0 where the points are equal, with finite derivatives of every order.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> logmap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).round(decimals=4)
+        tensor([0.0000, 1.5708])
+    """
+    _checks.vectors(x=x, y=y)
+    _checks.unit(x=x, y=y)
+    dtype = _computed_in(x)
+    middle, difference, squared_half = _path(x.to(dtype), y.to(dtype))
+    cos, sinc = _cos_and_sinc(squared_half)
+    return (2 * squared_half * sinc * middle - cos / sinc * difference).to(x.dtype)
+
+
+def tangent_projection(x: Tensor, v: Tensor) -> Tensor:
+    r"""Project vectors onto the tangent spaces at points.
+
+    .. math:: v - (x^\top v) \, x
+
+    Args:
+        x: Points, `(*, D)`.
+        v: Any vectors, `(*, D)`.
+
+    Returns:
+        Tangent vectors at `x`, `(*, D)`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> tangent_projection(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 3.0]))
+        tensor([0., 3.])
+    """
+    _checks.vectors(x=x, v=v)
+    _checks.unit(x=x)
+    return _without(x.to(_computed_in(x)), v.to(_computed_in(x))).to(x.dtype)
+
+
+def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    r"""Carry tangent vectors at `x` along the shortest path to `y`.
+
+    With the middle :math:`m` of the path it is :math:`v - 2 (m^\top v) \, m`, a reflection, which
+    keeps lengths and angles.
+
+    Args:
+        x: Points where the paths begin, `(*, D)`.
+        y: Points where the paths end, `(*, D)`.
+        v: Tangent vectors at `x`, `(*, D)`.
+
+    Returns:
+        Tangent vectors at `y`, `(*, D)`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> parallel_transport(x, y, torch.tensor([0.0, 2.0])).round(decimals=6)
+        tensor([-2., 0.])
+    """
+    _checks.vectors(x=x, y=y, v=v)
+    _checks.unit(x=x, y=y)
+    dtype = _computed_in(x)
+    start, end = x.to(dtype), y.to(dtype)
+    middle = _middle(start - end, start + end, start)
+    return _without(middle, v.to(dtype), times=2).to(x.dtype)
+
+
+def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    r"""Return the point with the smallest mean squared geodesic distance to given points.
+
+    .. math:: \min_\mu \sum_i w_i \, d(\mu, x_i)^2
+
+    Computed in float64 by 32 steps of gradient descent with a fixed step size, and without
+    gradient. For points within the angle `r < pi / 2` of the mean, each step multiplies the error
+    by at most :math:`\max(0.364, 1 - 1.364 \, r \cot r)`: 0.364 up to `r = 1.2`, where the result
+    is exact to rounding; 0.67 for `r = 1.4`. Farther out, the result may be inexact.
+
+    Where the points have no unique mean (antipodes, or points that are spread evenly over the
+    sphere), the result is some finite point. For two antipodes it is the middle of the path that
+    the other functions choose.
+
+    Args:
+        x: Points, `(*, N, D)` with `N >= 1`.
+        weights: A weight >= 0 for each point, `(*, N)`; only their ratios matter. A point of weight
+            0 is ignored: it may contain anything, NaN included. Negative weights are an error on a
+            CPU; elsewhere they give NaN, as do weights that are all 0.
+
+    Returns:
+        The mean, without gradient, `(*, D)`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> frechet_mean(torch.eye(3))
+        tensor([0.5774, 0.5774, 0.5774])
+
+    References:
+        Buss and Fillmore, Spherical averages and applications to spherical splines and
+        interpolation, ACM Transactions on Graphics, 2001.
+    """
+    _checks.points_to_average(x, weights)
+    points = _exact(x.detach())
+    if weights is None:
+        w = points.new_ones(points.shape[-2])
+    else:
+        w = _exact(weights.detach())
+        points = points.masked_fill((w == 0).unsqueeze(-1), 0)
+        w = torch.where(w < 0, torch.nan, w)
+    points, w = normalize(points), (w / w.sum(-1, keepdim=True)).unsqueeze(-2)
+    mean = _direction((w @ points).squeeze(-2), points[..., 0, :])
+    for _ in range(_STEPS):
+        cos = (points @ mean.unsqueeze(-1)).mT.clamp(-1, 1)
+        # The ratio of an angle to its sine, which are both accurate for this cosine.
+        sin = ((1 - cos) * (1 + cos)).sqrt()
+        pull = w * torch.where(sin == 0, 1, cos.acos() / sin)
+        gradient = (pull @ points).squeeze(-2) - (pull * cos).sum(-1) * mean
+        mean = normalize(expmap(mean, _STEP_SIZE * gradient))
+    return mean.to(x.dtype)
+
+
+def random_uniform(
+    dim: int,
+    *,
+    batch_shape: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw points from the uniform distribution on the sphere.
+
+    Args:
+        dim: The dimension `D >= 1` of the space around the sphere.
+        batch_shape: The leading dimensions of the result.
+        generator: The generator that all randomness comes from; by default torch's global one.
+        dtype: The dtype of the result; by default torch's default dtype.
+        device: The device of the result; by default torch's default device.
+
+    Returns:
+        Points, `(*batch_shape, D)`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> x = random_uniform(3, batch_shape=(2,), dtype=torch.float64)
+        >>> x.square().sum(-1)
+        tensor([1.0000, 1.0000], dtype=torch.float64)
+
+    References:
+        Muller, A note on a method for generating points uniformly on n-dimensional spheres, 1959.
+    """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    _checks.sample(dim, batch_shape, generator, dtype)
+    shape = (*batch_shape, dim)
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+    return normalize(normal).to(dtype)
+
+
+_STEPS = 32
+# The Hessian of the objective has eigenvalues in [r cot r, 1]; this is best for r = 1.2.
+_STEP_SIZE = 1.364
+
+
+def _path(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the middle of the path, `x - y`, and the square of half the angle `(*, 1)`.
+
+    The square is a smooth function of the points where they are equal, which the angle is not.
+    """
+    difference, total = x - y, x + y
+    short = difference.square().sum(-1, keepdim=True)
+    long = total.square().sum(-1, keepdim=True)
+    near = short <= 0.01 * long
+    # Each branch computes with harmless numbers where the other is chosen: a derivative that is
+    # not finite would be multiplied by 0, and become NaN.
+    at_antipodes = long == 0
+    squared_tan = short.masked_fill(~near, 0) / long.masked_fill(~near | at_antipodes, 1)
+    series = torch.zeros_like(squared_tan)
+    for n in range(17, 0, -2):  # of atan(z)/z, in powers of z²
+        series = 1 / n - squared_tan * series
+    length = long.masked_fill(at_antipodes, 1).sqrt().masked_fill(at_antipodes, 0)
+    half = torch.atan2(short.masked_fill(near, 1).sqrt(), length)
+    squared_half = torch.where(near, squared_tan * series.square(), half.square())
+    return _middle(difference, total, x), difference, squared_half
+
+
+def _middle(difference: Tensor, total: Tensor, x: Tensor) -> Tensor:
+    """Return the middle of the path between points, from `x - y`, `x + y` and `x`."""
+    # On the sphere the two are orthogonal. Where `x + y` is short, what rounding adds to it along
+    # `x - y` matters; where `x - y` is short, subtracting it changes nothing.
+    along = (difference * total).sum(-1, keepdim=True)
+    squared = (z.square().sum(-1, keepdim=True) for z in (difference, total))
+    largest = torch.maximum(*squared)
+    return _direction(total - along / largest.masked_fill(largest == 0, 1) * difference, x)
+
+
+def _direction(v: Tensor, x: Tensor) -> Tensor:
+    """Return `v` with unit length, or where it is rounding noise, a point orthogonal to `x`."""
+    point = x.detach()
+    index = point.abs().argmin(-1, keepdim=True)
+    axis = (torch.arange(x.shape[-1], device=x.device) == index).to(x.dtype)
+    noise = (
+        torch.linalg.vector_norm(v.detach(), dim=-1, keepdim=True) <= 8 * torch.finfo(x.dtype).eps
+    )
+    return normalize(torch.where(noise, _without(point, axis), v))
+
+
+def _without(x: Tensor, v: Tensor, times: int = 1) -> Tensor:
+    """Subtract from `v` its component along the unit vector `x`, or a multiple of it."""
+    return v - times * (x * v).sum(-1, keepdim=True) * x
+
+
+def _cos_and_sinc(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosine of an angle, and its sine over the angle, as functions of its square.
+
+    Near 0 both are polynomials, so derivatives of every order are right there.
+    """
+    near = square < 0.1
+    q = square.masked_fill(~near, 0)
+    cos_series = sinc_series = torch.ones_like(q)
+    for n in (12, 10, 8, 6, 4, 2):
+        cos_series = 1 - q / (n * (n - 1)) * cos_series
+        sinc_series = 1 - q / (n * (n + 1)) * sinc_series
+    angle = square.masked_fill(near, 1).sqrt()
+    cos = torch.where(near, cos_series, angle.cos())
+    return cos, torch.where(near, sinc_series, angle.sin() / angle)
+
+
+class _Angle(Function):
+    """The angle between rows of one shape; only the rows are kept for the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        difference, total, short, long = _lengths(x, y)
+        # By rounding alone, one point may be longer than the other by as much as a small angle.
+        # Then `x - y` and `x + y` are not orthogonal: only what of the shorter is orthogonal to the
+        # longer counts. This makes the angle that of the vectors as they are.
+        greater, lesser = torch.maximum(short, long), torch.minimum(short, long)
+        along = difference.mul_(total).sum(-1) / greater
+        along = along.masked_fill(short.square() + long.square() < 3, 0)  # a zero vector
+        across = ((lesser - along) * (lesser + along)).clamp_min(0).sqrt()
+        return torch.atan2(2 * greater * across, (long - short) * (long + short))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        difference, total, short, long = _lengths(x, y)
+        # The sum of squares is 4, except where a vector is 0.
+        factor = 2 * grad / (short.square() + long.square()).clamp_min(1)
+        apart = (factor * long / short.masked_fill(short == 0, torch.inf)).unsqueeze(-1)
+        along = (factor * short / long.masked_fill(long == 0, torch.inf)).unsqueeze(-1)
+        # In place, as allocating large tensors costs more than computing them:
+        # a - b and -2 b - (a - b) = -a - b.
+        b = total * along
+        at_x = (difference * apart).sub_(b)
+        return at_x, b.mul_(-2).sub_(at_x)
+
+
+class _ForwardAngle(_Angle):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dy: Tensor) -> Any:
+        _checks.forward_mode_once()
+        at_x, at_y = _Angle.backward(ctx, torch.ones_like(dx[..., 0]))
+        return (at_x * dx + at_y * dy).sum(-1)
+
+
+def _lengths(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    difference, total = x - y, x + y
+    norms = (torch.linalg.vector_norm(z, dim=-1) for z in (difference, total))
+    return difference, total, *norms
+
+
+def _function(plain: type[Function], with_forward_mode: type[Function]) -> Any:
+    """Choose the Function: torch.compile does not trace those that have a forward mode."""
+    return plain if torch.compiler.is_compiling() else with_forward_mode
 
 
 def _computed_in(x: Tensor) -> torch.dtype:

@@ -21,7 +21,7 @@ ALLOWED = {
     "rotation": {"_checks", "sphere"},
     "distributed": set(),
     "recipes": set(),
-    "sphere": set(),
+    "sphere": {"_checks"},
     "_chunks": set(),
     "_checks": set(),
 }
@@ -112,7 +112,7 @@ def test_the_package_stays_small():
         lines_of_code('"""Doc."""\n\n# why\nx = 1\n\ndef f():\n    """Doc."""\n    return 1\n') == 3
     )
     total = sum(lines_of_code(path.read_text()) for path in PACKAGE.rglob("*.py"))
-    assert total <= 925, f"{total} lines of code"
+    assert total <= 1140, f"{total} lines of code"
 
 
 def test_every_public_function_has_types_and_a_docstring():
