@@ -16,7 +16,7 @@ test: $(VENV)/.test
 	$(RUN) -m pytest $(ARGS)
 
 test-deep: $(VENV)/.test  ## many more examples for every theorem
-	$(RUN) -m pytest tests/test_theorems.py tests/test_rotation.py --hypothesis-profile=deep $(ARGS)
+	$(RUN) -m pytest tests/test_theorems.py tests/test_rotation.py tests/test_sphere.py --hypothesis-profile=deep $(ARGS)
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
@@ -38,10 +38,11 @@ test-wheel: wheel
 		| grep site-packages
 	cd build/wheel && venv/bin/python -m pytest $(WHEEL_TESTS:%=tests/test_%.py)
 
-bench: $(VENV)/.bench  ## the losses, rotations, and where others fail; make bench ARGS=--quick
+bench: $(VENV)/.bench  ## the losses, rotations, the sphere, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/care.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/procrustes_gradients.py
+	$(RUN) benchmarks/sphere.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

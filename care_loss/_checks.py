@@ -225,23 +225,25 @@ def points_to_average(x: Any, weights: Any) -> None:
 
 def vectors(**tensors: Any) -> None:
     """Require vectors `(*, D)` of one D, one dtype and one device, with shapes that broadcast."""
-    (name, first), *_ = tensors.items()
-    names, leading = name, torch.Size()
-    for other_name, other in tensors.items():
-        _floating(other_name, other)
-        if not other.ndim or other.shape[-1] < 1:
+    for name, x in tensors.items():
+        _floating(name, x)
+        if not x.ndim or x.shape[-1] < 1:
             raise ValueError(
-                f"`{other_name}` must have shape (*, D) with D >= 1, got {tuple(other.shape)}: "
-                "pass one vector per index of the leading dimensions."
+                f"`{name}` must have shape (*, D) with D >= 1, got {tuple(x.shape)}: the last "
+                "dimension holds the entries of a vector."
             )
+    (name, first), *others = tensors.items()
+    names, leading = name, first.shape[:-1]
+    for other_name, other in others:
         if first.shape[-1] != other.shape[-1]:
             raise ValueError(
                 f"`{name}` and `{other_name}` must have the same D in their shapes (*, D), got "
                 f"{tuple(first.shape)} and {tuple(other.shape)}: pass vectors of the same space."
             )
         _same_dtype_and_device(name, first, other_name, other)
-        leading = _broadcastable(names, leading, other_name, other.shape[:-1])
-        names = name if other_name == name else f"{names}` and `{other_name}"
+        if other.shape[:-1] != leading:
+            leading = _broadcastable(names, leading, other_name, other.shape[:-1])
+        names += f"` and `{other_name}"
 
 
 def unit(**tensors: Tensor) -> None:
@@ -263,7 +265,9 @@ def position(name: str, value: Any, x: Tensor, y: Tensor) -> None:
             _on_device(name, value, x.device, "the points")
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         _broadcastable("x` and `y", leading, name, value.shape)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    elif (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf
+    ):
         raise TypeError(
             f"`{name}` must be a finite number or a torch.Tensor of a floating point dtype, got "
             f"{_kind(value)}: convert it with torch.as_tensor() or float()."
@@ -385,24 +389,27 @@ def _row_weights(weights: Any, name: str, rows: Tensor, names: str, leading: Any
         )
     _on_device("weights", weights, rows.device, f"`{name}`")
     _broadcastable(names, leading, "weights", weights.shape[:-1])
-    least = _read(weights, Tensor.min)
+    least = _read(weights, lambda w: float(w.min()))
     if least is not None and least < 0:
         raise ValueError(f"`weights` must be >= 0, got {least}: set it to 0 to leave a row out.")
 
 
-def _length_farthest_from_1(x: Tensor) -> Tensor:
-    """Return the length that is farthest from 1 among vectors that are not 0."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1).flatten()
-    length = length.masked_fill(length == 0, 1)
-    return length[(length - 1).abs().argmax()]
+def _length_farthest_from_1(x: Tensor) -> float:
+    """Return the length that differs most from 1 among vectors that are finite and not 0."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    least, most = map(float, length.aminmax())
+    if not 0 < least <= most < math.inf:
+        length = length.masked_fill(~((length > 0) & (length < math.inf)), 1)
+        least, most = map(float, length.aminmax())
+    return least if 1 - least > most - 1 else most
 
 
-def _read(x: Tensor, reduction: Callable[[Tensor], Tensor]) -> float | None:
-    """Reduce to a number where reading it costs nothing: on a CPU, outside of transforms."""
+def _read(x: Tensor, value: Callable[[Tensor], float]) -> float | None:
+    """Read a value where this costs nothing: on a CPU, outside of transforms."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return None
     try:
-        return float(reduction(x.detach()))
+        return value(x.detach())
     except RuntimeError:  # under vmap there is no single value to read
         return None
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
-from care_loss.sphere import _computed_in, _exact, _function
+from care_loss.sphere import _computed_in, _exact, _function, _normal
 
 
 class RotationFit(NamedTuple):
@@ -215,10 +215,8 @@ def random_orthogonal(
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     _checks.sample(dim, batch_shape, generator, dtype)
-    shape = (*batch_shape, dim, dim)
-    normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
     q: Tensor
-    q, r = torch.linalg.qr(normal)
+    q, r = torch.linalg.qr(_normal((*batch_shape, dim, dim), generator, device))
     # R with a positive diagonal makes Q unique, and so as uniform as the Gaussian matrix.
     q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
     if special:

@@ -9,12 +9,13 @@ error, except for zero vectors, which :func:`normalize` returns for zero vectors
 under `torch.compile` and under `vmap` nothing is read. Whether a vector is tangent is never
 checked; :func:`tangent_projection` makes it so.
 
-Many shortest paths join a point and its antipode. Of these the functions choose the one through the
-point orthogonal to `x` that is nearest to the axis of the smallest entry of `x`. The same holds for
-points that are antipodal to within :math:`8 \varepsilon`. All first derivatives are finite there.
-For `D = 1` no path exists, and what describes it has no meaning.
+Many shortest paths join a point and its antipode. The functions choose the path that leaves `x`
+towards the coordinate axis on which the entry of `x` is nearest to 0. They do so for points that
+are antipodal to within :math:`8 \varepsilon`, and all first derivatives are finite there. For
+`D = 1` no path exists, and for zero vectors none is defined: results are finite, without meaning.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,9 +71,9 @@ def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
     down to angles of 1e-4 (`acos` of the inner product returns 0 there). Differences in length that
     are due to rounding are corrected for.
 
-    The gradient is a unit tangent vector, and 0 where the points are equal or antipodal. The square
-    of the distance has derivatives of every order where points are equal as well: to use them,
-    compute it as ``logmap(x, y).square().sum(-1)``.
+    The gradient is a unit tangent vector, and 0 where the points are equal or antipodal (or 0). The
+    square of the distance has derivatives of every order where points are equal as well: to use
+    them, compute it as ``logmap(x, y).square().sum(-1)``.
 
     Args:
         x: Points, `(*, D)`.
@@ -97,7 +98,10 @@ def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
     _checks.unit(x=x, y=y)
     dtype = _computed_in(x)
     function = _function(_Angle, _ForwardAngle)
-    angle: Tensor = function.apply(*torch.broadcast_tensors(x.to(dtype), y.to(dtype)))
+    start, end = x.to(dtype), y.to(dtype)
+    if start.shape != end.shape:
+        start, end = torch.broadcast_tensors(start, end)
+    angle: Tensor = function.apply(start, end)
     return (angle.unsqueeze(-1) if keepdim else angle).to(x.dtype)
 
 
@@ -131,13 +135,13 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     _checks.unit(x=x, y=y)
     _checks.position("t", t, x, y)
     dtype = _computed_in(x)
-    middle, difference, squared_half = _path(x.to(dtype), y.to(dtype))
+    middle, across, squared_half = _path(x.to(dtype), y.to(dtype))
     s = t.to(dtype).unsqueeze(-1) if isinstance(t, Tensor) else t
     # Along the circle through both points, measured from the middle of the path.
     from_middle = 1 - 2 * s
     cos, sinc = _cos_and_sinc(squared_half * from_middle**2)
-    along = from_middle / 2 * sinc / _cos_and_sinc(squared_half)[1]
-    return (cos * middle + along * difference).to(x.dtype)
+    length = from_middle / 2 * sinc / _cos_and_sinc(squared_half)[1]
+    return (cos * middle + length * across).to(x.dtype)
 
 
 def expmap(x: Tensor, v: Tensor) -> Tensor:
@@ -189,9 +193,9 @@ def logmap(x: Tensor, y: Tensor) -> Tensor:
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
     dtype = _computed_in(x)
-    middle, difference, squared_half = _path(x.to(dtype), y.to(dtype))
+    middle, across, squared_half = _path(x.to(dtype), y.to(dtype))
     cos, sinc = _cos_and_sinc(squared_half)
-    return (2 * squared_half * sinc * middle - cos / sinc * difference).to(x.dtype)
+    return (2 * squared_half * sinc * middle - cos / sinc * across).to(x.dtype)
 
 
 def tangent_projection(x: Tensor, v: Tensor) -> Tensor:
@@ -243,8 +247,7 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     _checks.vectors(x=x, y=y, v=v)
     _checks.unit(x=x, y=y)
     dtype = _computed_in(x)
-    start, end = x.to(dtype), y.to(dtype)
-    middle = _middle(start - end, start + end, start)
+    middle, _, _ = _path(x.to(dtype), y.to(dtype))
     return _without(middle, v.to(dtype), times=2).to(x.dtype)
 
 
@@ -254,13 +257,15 @@ def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
     .. math:: \min_\mu \sum_i w_i \, d(\mu, x_i)^2
 
     Computed in float64 by 32 steps of gradient descent with a fixed step size, and without
-    gradient. For points within the angle `r < pi / 2` of the mean, each step multiplies the error
-    by at most :math:`\max(0.364, 1 - 1.364 \, r \cot r)`: 0.364 up to `r = 1.2`, where the result
-    is exact to rounding; 0.67 for `r = 1.4`. Farther out, the result may be inexact.
+    gradient. Points of any length are normalized first, and zero vectors are ignored.
+
+    For points within the angle `r < pi / 2` of the mean, each step multiplies the error by at most
+    :math:`\max(0.364, 1 - 1.364 \, r \cot r)`: 0.364 up to `r = 1.2`, where the result is exact to
+    rounding; 0.67 for `r = 1.4`. Farther out, the result may be inexact.
 
     Where the points have no unique mean (antipodes, or points that are spread evenly over the
-    sphere), the result is some finite point. For two antipodes it is the middle of the path that
-    the other functions choose.
+    sphere), the result is some finite point. For two antipodes it lies on the path that the other
+    functions choose.
 
     Args:
         x: Points, `(*, N, D)` with `N >= 1`.
@@ -290,8 +295,14 @@ def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         w = _exact(weights.detach())
         points = points.masked_fill((w == 0).unsqueeze(-1), 0)
         w = torch.where(w < 0, torch.nan, w)
-    points, w = normalize(points), (w / w.sum(-1, keepdim=True)).unsqueeze(-2)
-    mean = _direction((w @ points).squeeze(-2), points[..., 0, :])
+    w = (w / w.amax(-1, keepdim=True)).unsqueeze(-2)  # so that their sum does not overflow
+    points, w = normalize(points), w / w.sum(-1, keepdim=True)
+    heaviest = torch.arange(w.shape[-1], device=x.device) == w.argmax(-1, keepdim=True)
+    mean = _direction(w @ points, heaviest.to(points.dtype) @ points).squeeze(-2)
+    # A point opposite to the mean pulls in no direction. Starting beside it lets one win.
+    opposite = (points @ mean.unsqueeze(-1)).amin(-2) <= -1 + 8 * torch.finfo(points.dtype).eps
+    beside = normalize(mean + _direction(torch.zeros_like(mean), mean))
+    mean = torch.where(opposite, beside, mean)
     for _ in range(_STEPS):
         cos = (points @ mean.unsqueeze(-1)).mT.clamp(-1, 1)
         # The ratio of an angle to its sine, which are both accurate for this cosine.
@@ -335,9 +346,7 @@ def random_uniform(
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     _checks.sample(dim, batch_shape, generator, dtype)
-    shape = (*batch_shape, dim)
-    normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
-    return normalize(normal).to(dtype)
+    return normalize(_normal((*batch_shape, dim), generator, device)).to(dtype)
 
 
 _STEPS = 32
@@ -346,13 +355,19 @@ _STEP_SIZE = 1.364
 
 
 def _path(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the middle of the path, `x - y`, and the square of half the angle `(*, 1)`.
+    """Return the middle of the path, the vector across it, and the square of half its angle.
 
-    The square is a smooth function of the points where they are equal, which the angle is not.
+    The vector is `x - y`, orthogonal to the middle. The square is a smooth function of the points
+    where they are equal, which the angle is not.
     """
-    difference, total = x - y, x + y
-    short = difference.square().sum(-1, keepdim=True)
-    long = total.square().sum(-1, keepdim=True)
+    across, along = x - y, x + y
+    # The two are orthogonal but for rounding, which makes one point longer than the other. It
+    # matters to the shorter of the two; subtracting it from the longer changes nothing.
+    squares = (z.square().sum(-1, keepdim=True) for z in (across, along))
+    largest = torch.maximum(*squares)
+    tilt = (across * along).sum(-1, keepdim=True) / largest.masked_fill(largest == 0, 1)
+    across, along = across - tilt * along, along - tilt * across
+    short, long = (z.square().sum(-1, keepdim=True) for z in (across, along))
     near = short <= 0.01 * long
     # Each branch computes with harmless numbers where the other is chosen: a derivative that is
     # not finite would be multiplied by 0, and become NaN.
@@ -364,17 +379,7 @@ def _path(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     length = long.masked_fill(at_antipodes, 1).sqrt().masked_fill(at_antipodes, 0)
     half = torch.atan2(short.masked_fill(near, 1).sqrt(), length)
     squared_half = torch.where(near, squared_tan * series.square(), half.square())
-    return _middle(difference, total, x), difference, squared_half
-
-
-def _middle(difference: Tensor, total: Tensor, x: Tensor) -> Tensor:
-    """Return the middle of the path between points, from `x - y`, `x + y` and `x`."""
-    # On the sphere the two are orthogonal. Where `x + y` is short, what rounding adds to it along
-    # `x - y` matters; where `x - y` is short, subtracting it changes nothing.
-    along = (difference * total).sum(-1, keepdim=True)
-    squared = (z.square().sum(-1, keepdim=True) for z in (difference, total))
-    largest = torch.maximum(*squared)
-    return _direction(total - along / largest.masked_fill(largest == 0, 1) * difference, x)
+    return _direction(along, x), across, squared_half
 
 
 def _direction(v: Tensor, x: Tensor) -> Tensor:
@@ -410,40 +415,44 @@ def _cos_and_sinc(square: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Angle(Function):
-    """The angle between rows of one shape; only the rows are kept for the backward."""
+    """The angle between rows of one shape, with the rows alone kept for the backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
-        difference, total, short, long = _lengths(x, y)
+        difference, total = x - y, x + y
+        short, long = (torch.linalg.vector_norm(z, dim=-1) for z in (difference, total))
         # By rounding alone, one point may be longer than the other by as much as a small angle.
-        # Then `x - y` and `x + y` are not orthogonal: only what of the shorter is orthogonal to the
-        # longer counts. This makes the angle that of the vectors as they are.
-        greater, lesser = torch.maximum(short, long), torch.minimum(short, long)
-        along = difference.mul_(total).sum(-1) / greater
+        # Then the difference and the sum are not orthogonal, and their area counts, not the
+        # product of their lengths: this makes the angle that of the vectors as they are.
+        along = (difference * total).sum(-1)
         along = along.masked_fill(short.square() + long.square() < 3, 0)  # a zero vector
-        across = ((lesser - along) * (lesser + along)).clamp_min(0).sqrt()
-        return torch.atan2(2 * greater * across, (long - short) * (long + short))
+        area = _area(torch.minimum(short, long), torch.maximum(short, long), along)
+        return torch.atan2(2 * area, (long - short) * (long + short))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, y = ctx.saved_tensors
-        difference, total, short, long = _lengths(x, y)
-        # The sum of squares is 4, except where a vector is 0.
-        factor = 2 * grad / (short.square() + long.square()).clamp_min(1)
-        apart = (factor * long / short.masked_fill(short == 0, torch.inf)).unsqueeze(-1)
-        along = (factor * short / long.masked_fill(long == 0, torch.inf)).unsqueeze(-1)
-        # In place, as allocating large tensors costs more than computing them:
-        # a - b and -2 b - (a - b) = -a - b.
-        b = total * along
-        at_x = (difference * apart).sub_(b)
-        return at_x, b.mul_(-2).sub_(at_x)
+        x, y, angle = ctx.saved_tensors
+        # The shorter of x - y and x + y, orthogonal to x and to y. No digits cancel in it.
+        sign = torch.where(angle < math.pi / 2, -1.0, 1.0).to(x.dtype)
+        shorter = torch.addcmul(x, sign.unsqueeze(-1), y)
+        short, long_x, long_y = (torch.linalg.vector_norm(z, dim=-1) for z in (shorter, x, y))
+        along_x = (shorter * x).sum(-1)
+        along_y = sign * (short.square() - along_x)
+        area = _area(short, long_x, along_x)
+        factor = grad / area.masked_fill(area == 0, torch.inf)
+        tilt_x = factor * along_x / long_x.masked_fill(long_x == 0, 1).square()
+        tilt_y = factor * along_y / long_y.masked_fill(long_y == 0, 1).square()
+        first = shorter * factor.unsqueeze(-1)
+        at_x, at_y = x * tilt_x.unsqueeze(-1), y * tilt_y.unsqueeze(-1)
+        # In place, where nothing else needs the result: to allocate costs more than to compute.
+        return at_x.sub_(first).mul_(sign.unsqueeze(-1)), at_y.sub_(first)
 
 
 class _ForwardAngle(_Angle):
@@ -456,10 +465,20 @@ class _ForwardAngle(_Angle):
         return (at_x * dx + at_y * dy).sum(-1)
 
 
-def _lengths(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    difference, total = x - y, x + y
-    norms = (torch.linalg.vector_norm(z, dim=-1) for z in (difference, total))
-    return difference, total, *norms
+def _area(short: Tensor, long: Tensor, along: Tensor) -> Tensor:
+    """Return the area that two vectors span, from their lengths and their inner product."""
+    along = along / long.masked_fill(long == 0, 1)
+    return long * ((short - along) * (short + along)).clamp_min(0).sqrt()
+
+
+def _normal(
+    shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """Draw from the normal distribution, in the dtype of :func:`_exact`."""
+    dtype = _exact(torch.empty(0, device=device)).dtype
+    if generator is None:  # torch.compile takes dynamic shapes only where no generator is named
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
 def _function(plain: type[Function], with_forward_mode: type[Function]) -> Any:

@@ -41,3 +41,15 @@ def test_rivals_fail_where_it_is_said_and_care_loss_does_not(tmp_path):
     assert all(row["passed"] == "True" for row in rows if row["contender"] == "care_loss")
     failed = {row["contender"] for row in rows if row["passed"] == "False"}
     assert failed == {"SVD with autograd", "roma", "torchmetrics"}
+
+
+def test_the_sphere_keeps_its_bounds_beside_its_rivals(tmp_path):
+    path = tmp_path / "errors.csv"
+    printed = run("sphere.py", "--quick", "--errors", str(path))
+    assert "copy of the inputs" in printed
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["question"], row["dtype"], row["angle"]): row for row in rows}
+    itself = found["distance of a point to itself", "float32", "0"]
+    assert float(itself["care_loss"]) == 0
+    assert float(itself["acos, clamped"]) > 1e-4

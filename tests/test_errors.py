@@ -456,6 +456,8 @@ def test_points_on_the_right_must_be_unit_vectors_too():
     assert expmap(U, 3 * rows).isfinite().all()  # tangent vectors have any length
     rows[5], rows[6] = 0, torch.nan
     assert geodesic_distance(U, rows)[:6].isfinite().all()
+    rows[4] = 2
+    assert_refused(lambda: geodesic_distance(U, rows), "got one of length 4")
     assert geodesic_distance(U.bfloat16(), U.bfloat16()).isfinite().all()  # 1 to within rounding
 
 

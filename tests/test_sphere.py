@@ -193,13 +193,23 @@ def test_the_gradient_is_the_unit_tangent_vector_that_leads_away(pair):
     close(x @ at_x, x.new_zeros(()), tolerance)
 
 
-def test_gradients_of_float32_have_unit_length_down_to_tiny_angles(device):
-    for angle in (1e-6, 1e-4, 0.3, 3.0):
-        x = point(64)
+@pytest.mark.parametrize("angle", [1e-7, *ANGLES, math.pi - 1e-4, math.pi - 1e-6])
+def test_gradients_and_logarithms_of_float32_points_are_those_of_float64(angle, device):
+    for dim in (2, 3, 64):
+        x = point(dim, batch_shape=(100,))
         y = (math.cos(angle) * x + math.sin(angle) * tangent(x)).float().to(device)
-        leaf = x.float().to(device).requires_grad_()
-        (grad,) = torch.autograd.grad(geodesic_distance(leaf, y), leaf)
-        assert abs(grad.norm().item() - 1) < 1e-6
+        x = x.float().to(device)
+        gradients = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [normalize(z.to(dtype)) if dtype == torch.float64 else z for z in (x, y)]
+            leaves = [z.detach().clone().requires_grad_() for z in leaves]
+            distances = geodesic_distance(*leaves)
+            gradients.append(torch.autograd.grad(distances.sum(), leaves))
+        for found, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+        if angle < 3.1:
+            length = logmap(x, y).double().norm(dim=-1)
+            torch.testing.assert_close(length, distances.detach(), rtol=1e-6, atol=0)
 
 
 def test_zero_vectors_have_finite_distances():
@@ -243,17 +253,18 @@ def test_expmap_and_logmap_are_inverse_in_float32(angle, device):
 
 
 @given(dims, seeds)
-def test_at_the_point_itself_the_derivatives_are_identities(dim, seed):
+def test_at_the_point_itself_the_derivatives_are_identities_and_projections(dim, seed):
     x = point(dim, seed)
     identity = torch.eye(dim, dtype=x.dtype)
+    projection = identity - x.outer(x)
     assert torch.equal(expmap(x, torch.zeros_like(x)), x)
     assert not logmap(x, x).any()
     jacobian = torch.autograd.functional.jacobian
     close(jacobian(expmap, (x, torch.zeros_like(x)))[1], identity)
-    close(jacobian(logmap, (x, x))[1], identity)
-    close(jacobian(logmap, (x, x))[0], -identity)
-    at_y = torch.func.hessian(lambda y: logmap(x, y).square().sum())(x)
-    close(at_y, 2 * identity)  # of the squared distance
+    close(jacobian(logmap, (x, x))[1], projection)
+    close(jacobian(logmap, (x, x))[0], -projection)
+    squared_distance = torch.func.hessian(lambda y: logmap(x, y).square().sum())(x)
+    close(squared_distance, 2 * projection)
     assert torch.func.hessian(lambda v: expmap(x, v).sum())(torch.zeros_like(x)).isfinite().all()
 
 
@@ -439,6 +450,27 @@ def test_means_are_batched_and_have_no_gradient(device):
     assert frechet_mean(x[:0]).shape == (0, 1, 4)
 
 
+def test_of_antipodes_of_unequal_weight_the_heavier_is_nearer(device):
+    x = random_uniform(5, device=device)
+    both, weights = torch.stack((x, -x)), torch.tensor([1.0, 3.0], device=device)
+    torch.testing.assert_close(frechet_mean(both, weights=weights), slerp(x, -x, 0.75))
+    with_another = torch.cat((torch.ones_like(x).unsqueeze(0), both))
+    weights = torch.tensor([0.0, 1.0, 3.0], device=device)
+    torch.testing.assert_close(frechet_mean(with_another, weights=weights), slerp(x, -x, 0.75))
+
+
+def test_only_directions_and_ratios_of_weights_matter(device):
+    x = random_uniform(4, batch_shape=(6,), dtype=torch.float64, device=device)
+    weights = torch.rand(6, dtype=torch.float64, device=device)
+    expected = frechet_mean(x, weights=weights)
+    scaled = torch.tensor([[1e3], [1e-3], [1.0], [1.0], [2.0], [1e9]], device=device) * x
+    torch.testing.assert_close(frechet_mean(scaled, weights=weights), expected)
+    for scale in (1e-300, 1e308):
+        torch.testing.assert_close(frechet_mean(x, weights=scale * weights), expected)
+    with_zero = torch.cat((torch.zeros_like(x[:1]), x))
+    torch.testing.assert_close(frechet_mean(with_zero), frechet_mean(x))
+
+
 def test_points_of_weight_0_are_ignored(device):
     x = random_uniform(4, batch_shape=(6,), device=device)
     weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.0, 1.0], device=device)
@@ -593,6 +625,13 @@ def test_compile_in_one_graph(device):
         torch.testing.assert_close(found, expected)
     mean = torch.compile(frechet_mean, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(mean, frechet_mean(x))
+    between = torch.compile(slerp, fullgraph=True, backend="eager")
+    draw = torch.compile(
+        lambda z: random_uniform(3, batch_shape=z.shape), fullgraph=True, backend="eager"
+    )
+    for n in range(3, 6):  # numbers and sizes that change become symbols
+        torch.testing.assert_close(between(x, y, 1 / n), slerp(x, y, 1 / n))
+        assert draw(torch.zeros(n)).shape == (n, 3)
 
 
 def test_autocast_changes_nothing(device):
