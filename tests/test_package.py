@@ -107,12 +107,23 @@ def lines_of_code(source):
     )
 
 
-def test_the_package_stays_small():
+LINES_OF_CODE = {  # at most; what has no entry may have 30
+    "_checks": 350,
+    "functional": 120,
+    "modules": 130,
+    "rotation": 280,
+    "sphere": 200,
+    "views": 110,
+}
+
+
+def test_every_module_stays_small():
     assert (
         lines_of_code('"""Doc."""\n\n# why\nx = 1\n\ndef f():\n    """Doc."""\n    return 1\n') == 3
     )
-    total = sum(lines_of_code(path.read_text()) for path in PACKAGE.rglob("*.py"))
-    assert total <= 1140, f"{total} lines of code"
+    for path in PACKAGE.rglob("*.py"):
+        lines = lines_of_code(path.read_text())
+        assert lines <= LINES_OF_CODE.get(path.stem, 30), f"{path.name}: {lines} lines of code"
 
 
 def test_every_public_function_has_types_and_a_docstring():
