@@ -38,7 +38,8 @@ def tangent(x, seed=1):
     """A unit tangent vector at each point."""
     generator = torch.Generator().manual_seed(seed ^ 0x5EED)  # not the numbers of the points
     normal = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    return normalize(tangent_projection(x, normal))
+    # Twice, in case that little is left after the first time.
+    return normalize(tangent_projection(x, normalize(tangent_projection(x, normal))))
 
 
 @st.composite
