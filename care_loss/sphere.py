@@ -257,7 +257,7 @@ def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
     .. math:: \min_\mu \sum_i w_i \, d(\mu, x_i)^2
 
     Computed in float64 by 32 steps of gradient descent with a fixed step size, and without
-    gradient. Points of any length are normalized first, and zero vectors are ignored.
+    gradient. Points of any length are normalised first, and zero vectors are ignored.
 
     For points within the angle `r < pi / 2` of the mean, each step multiplies the error by at most
     :math:`\max(0.364, 1 - 1.364 \, r \cot r)`: 0.364 up to `r = 1.2`, where the result is exact to
@@ -439,7 +439,8 @@ class _Angle(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, y, angle = ctx.saved_tensors
-        # The shorter of x - y and x + y, orthogonal to x and to y. No digits cancel in it.
+        # The gradients lie along the shorter of x - y and x + y, in which no digits cancel, made
+        # orthogonal to x and to y.
         sign = torch.where(angle < math.pi / 2, -1.0, 1.0).to(x.dtype)
         shorter = torch.addcmul(x, sign.unsqueeze(-1), y)
         short, long_x, long_y = (torch.linalg.vector_norm(z, dim=-1) for z in (shorter, x, y))
