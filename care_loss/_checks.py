@@ -5,14 +5,15 @@ device: reading those would make the host wait for it at every step.
 """
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def embeddings(*, leading: bool = True, **tensors: Any) -> None:
+def embeddings(*, leading: bool = True, rows: int = 2, **tensors: Any) -> None:
     """Require floating point tensors of one shape, one dtype and one device.
 
     The shape is `(*, N, D)`, as the functions take it, or `(N, D)`, as the modules do.
@@ -21,19 +22,19 @@ def embeddings(*, leading: bool = True, **tensors: Any) -> None:
         _floating(name, z)
     (name, first), *others = tensors.items()
     ndim_is_right = first.ndim >= 2 if leading else first.ndim == 2
-    if not ndim_is_right or first.shape[-2] < 2 or first.shape[-1] < 1:
+    if not ndim_is_right or first.shape[-2] < rows or first.shape[-1] < 1:
         raise ValueError(
-            f"`{name}` must have shape {'(*, N, D)' if leading else '(N, D)'} with N >= 2 and "
-            f"D >= 1, got {tuple(first.shape)}: give one row a sample, as .flatten(1) does; "
-            "a row alone has no other to form a pair with."
+            f"`{name}` must have shape {'(*, N, D)' if leading else '(N, D)'} with N >= {rows} and "
+            f"D >= 1, got {tuple(first.shape)}: pass one row per sample, as .flatten(1) makes "
+            "them; a single sample has no other to be compared with."
         )
     for other_name, other in others:
-        for what in ("shape", "dtype", "device"):
-            if getattr(first, what) != getattr(other, what):
-                raise ValueError(
-                    f"`{name}` and `{other_name}` must have the same {what}, got {_kind(first)} "
-                    f"and {_kind(other)}: embed the same samples in both, alike."
-                )
+        if first.shape != other.shape:
+            raise ValueError(
+                f"`{name}` and `{other_name}` must have the same shape, got {_kind(first)} and "
+                f"{_kind(other)}: pass the embeddings of the same samples, from the same encoder."
+            )
+        _same_dtype_and_device(name, first, other_name, other)
 
 
 def queue(negatives: Any, z: Tensor) -> None:
@@ -41,31 +42,58 @@ def queue(negatives: Any, z: Tensor) -> None:
     _floating("negatives", negatives)
     if negatives.ndim != 2 or not len(negatives) or negatives.shape[1] != z.shape[-1]:
         raise ValueError(
-            f"`negatives` must have shape (K, {z.shape[-1]}) with K >= 1, as wide as the anchors, "
-            f"got {_kind(negatives)}: store one negative a row."
+            f"`negatives` must have shape (K, {z.shape[-1]}) with K >= 1, the embedding dimension "
+            f"of `z1`, got {_kind(negatives)}: store one negative per row."
         )
     _on_device("negatives", negatives, z.device)
 
 
-def chunks(value: Any, n: int, device: torch.device) -> None:
-    """Require a number of chunks, or one integer id for each of `n` rows."""
+def chunks(value: Any, n: int, device: torch.device) -> int | Tensor:
+    """Require a number of chunks, or one integer id for each of `n` rows, and return it."""
     if not isinstance(value, Tensor):
         return chunk_count(value)
     fractional = value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
     if fractional or value.shape != (n,):
         raise ValueError(
-            f"`chunks` given as ids must be integers of shape ({n},), got {_kind(value)}: give "
-            "every row the id of its chunk, or an int for that many contiguous chunks."
+            f"`chunks` given as ids must be integers of shape ({n},), got {_kind(value)}: pass one "
+            "id for each row, or an int for that many contiguous chunks."
         )
-    return _on_device("chunks", value, device)
+    if value.device.type != "cpu":  # where ids can be read at no cost
+        _on_device("chunks", value, device)
+    return value
 
 
-def chunk_count(value: Any) -> None:
-    """Require a number of chunks, as a constructor remembers it."""
+def chunk_count(value: Any) -> int:
+    """Require a number of chunks, and return it as an int."""
+    if isinstance(value, (list, tuple)) or (hasattr(value, "__array__") and not _is_int(value)):
+        raise TypeError(
+            f"`chunks` given as ids must be a torch.Tensor, got {_kind(value)}: convert the ids "
+            "with torch.as_tensor()."
+        )
     if not _is_int(value) or value < 1:
         raise ValueError(
-            f"`chunks` must be an int >= 1, got {_kind(value)}: say how many chunks to cut a batch "
-            "into; ids of rows are a tensor, and go with the batch that they belong to."
+            f"`chunks` must be an int >= 1, got {_kind(value)}: pass the number of chunks to cut a "
+            "batch into. Ids of rows are a tensor, and belong in the call, with their batch."
+        )
+    return int(value)
+
+
+def chunks_of_call(value: Any, default: int | None) -> Any:
+    """Require chunks in a call or in the constructor, and return those of the call if given."""
+    if value is None and default is None:
+        raise ValueError(
+            "`chunks` must be given in the call or in the constructor, got neither: pass the "
+            "`chunks` that the views came with, loss(..., chunks=chunks)."
+        )
+    return default if value is None else value
+
+
+def pairs(chunks: Sequence[Any]) -> None:
+    """Require that ids name at least one chunk of two rows or more."""
+    if not chunks:
+        raise ValueError(
+            "`chunks` given as ids must contain an id at least twice, got ids that are all unique: "
+            "pass the id of the chunk of each row, not the index of the sample."
         )
 
 
@@ -74,8 +102,8 @@ def reduction(value: Any, chunks: Any = None) -> None:
     _choice("reduction", value, ("mean", "none"))
     if value == "none" and isinstance(chunks, Tensor):
         raise ValueError(
-            "`reduction` must be 'mean' when `chunks` are ids, got 'none': how many chunks there "
-            "are is known only by reading the ids; give an int to get a value a chunk."
+            "`reduction` must be 'mean' when `chunks` are ids, got 'none': pass an int to get one "
+            "value per chunk."
         )
 
 
@@ -84,40 +112,57 @@ def scale(value: Any) -> None:
     _choice("scale", value, ("mean", "authors"))
 
 
-def temperature(value: Any, device: torch.device) -> None:
-    """Require a temperature > 0: a number, or a tensor without dimensions."""
+def temperature(value: Any, device: torch.device) -> float | Tensor:
+    """Require a temperature > 0, a number or a tensor without dimensions, and return it."""
     if not isinstance(value, Tensor):
-        number("temperature", value)
-    elif value.ndim or not value.is_floating_point():
+        return number("temperature", value)
+    if value.ndim or not value.is_floating_point():
         raise ValueError(
             f"`temperature` must be a number or a floating point tensor of shape (), got "
             f"{_kind(value)}: one temperature serves all rows."
         )
-    elif value.device.type != "cpu":  # a single number may stay there
+    if value.device.type != "cpu":  # a single number may stay there
         _on_device("temperature", value, device)
+    return value
 
 
-def number(name: str, value: Any, *, or_zero: bool = False) -> None:
-    """Require a finite Python number > 0, or >= 0."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain or not (0 < value < math.inf or (or_zero and value == 0)):
+def number(name: str, value: Any, *, or_zero: bool = False) -> float:
+    """Require a finite number > 0, or >= 0, and return it as a Python number."""
+    if not _is_real(value) or not (0 < value < math.inf or (or_zero and value == 0)):
         raise ValueError(
             f"`{name}` must be a finite number {'>=' if or_zero else '>'} 0, got {_kind(value)}: "
-            "give a Python number in that range."
+            "pass a number in that range."
         )
+    return value if isinstance(value, (int, float)) else float(value)
 
 
-def base_loss(value: Any, gather_distributed: bool) -> None:
-    """Require a callable base loss that is not asked to gather as well."""
-    if value is not None and not callable(value):
+def boolean(name: str, value: Any) -> None:
+    """Require True or False."""
+    if not isinstance(value, bool):
         raise TypeError(
-            f"`base_loss` must be a callable (z1, z2) -> scalar, got {_kind(value)}: "
-            "give a loss module or a function, or None for InfoNCE."
+            f"`{name}` must be True or False, got {_kind(value)}: pass a bool, in a YAML file true "
+            "or false without quotes."
         )
-    if value is not None and gather_distributed:
+
+
+def base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool) -> None:
+    """Require a callable base loss beside which nothing is set that only InfoNCE uses, or None."""
+    if value is None:
+        return
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(
+            "`base_loss` must be an instance of a loss module or another callable (z1, z2) -> "
+            f"scalar, got {_kind(value)}: create the module first, as in base_loss=Loss()."
+        )
+    if gather_distributed:
         raise ValueError(
-            "`gather_distributed` must be False when `base_loss` is given, got True: it tells "
-            "InfoNCE to gather, and InfoNCE is replaced; let the base loss gather for itself."
+            "`gather_distributed` must be False when `base_loss` is given, got True: it applies to "
+            "InfoNCE, which `base_loss` replaces. Let the base loss gather for itself."
+        )
+    if not temperature_is_default:
+        raise ValueError(
+            "`temperature` must be left out when `base_loss` is given, got both: it applies to "
+            "InfoNCE, which `base_loss` replaces. Give the temperature to the base loss."
         )
 
 
@@ -133,6 +178,12 @@ def scalar(value: Any) -> Tensor:
 
 def equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
     """Require both equivariant views, or neither where the ordinary views are chunk-shared."""
+    ids = isinstance(first, Tensor) and not first.is_floating_point() and not first.is_complex()
+    if second is None and (ids or _is_int(first)):
+        raise TypeError(
+            f"`chunks` must be passed by keyword, got {_kind(first)} as third positional argument: "
+            "write loss(z1, z2, chunks=chunks)."
+        )
     if (first is None) != (second is None):
         given = "equivariant2" if first is None else "equivariant1"
         raise ValueError(
@@ -142,9 +193,16 @@ def equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
     if first is None and not shared_views:
         raise ValueError(
             "`equivariant1` and `equivariant2` must be given unless shared_views=True, got only "
-            "`z1` and `z2`: views augmented sample by sample would train a placebo, for no one "
-            "rotation follows them. Pass two views whose augmentation is shared by each chunk, or "
-            "set shared_views=True if `z1` and `z2` are such views already."
+            "`z1` and `z2`: on views that were augmented one sample at a time the equivariance "
+            "loss has no effect that a control without sharing would not have. Pass two views "
+            "whose augmentation is shared by each chunk, or set shared_views=True if `z1` and `z2` "
+            "are such views."
+        )
+    if first is not None and shared_views:
+        raise ValueError(
+            "`equivariant1` and `equivariant2` must be left out when shared_views=True, got four "
+            "views: with shared_views=True `z1` and `z2` serve both terms. Set shared_views=False "
+            "to pass four."
         )
 
 
@@ -152,8 +210,8 @@ def images(value: Any) -> None:
     """Require a batch of at least two images in one tensor."""
     if not isinstance(value, Tensor) or value.ndim < 2 or len(value) < 2:
         raise ValueError(
-            f"`images` must be a tensor of shape (N, ...) with N >= 2, got {_kind(value)}: "
-            "stack the images (SharedAugmentCollate takes a list of single ones)."
+            f"`images` must be a tensor of shape (N, ...) with N >= 2, got {_kind(value)}: stack "
+            "the images with torch.stack(), or use SharedAugmentCollate for single images."
         )
 
 
@@ -162,22 +220,33 @@ def samples(batch: Any) -> None:
     for sample in batch:
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
             raise ValueError(
-                f"a dataset must yield pairs (image, label), got {_kind(sample)}: "
-                "where there are no labels, yield (image, 0)."
+                f"a dataset must yield pairs (image, label), got {_kind(sample)}: if there are no "
+                "labels, yield (image, 0)."
             )
     if len(batch) < 2:
         raise ValueError(
-            f"a batch must hold at least 2 samples, got {len(batch)}: an augmentation is shared "
-            "by at least two images; set drop_last=True in the DataLoader."
+            f"a batch must contain at least 2 samples, got {len(batch)}: an augmentation is shared "
+            "by at least two images. Set drop_last=True in the DataLoader."
         )
+
+
+def transforms(name: str, value: Any) -> tuple[Any, Any]:
+    """Require a transform or a pair of them, and return the pair."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(map(callable, pair)):
+        raise TypeError(
+            f"`{name}` must be a callable that maps one image to a tensor, or a pair of such, got "
+            f"{_kind(value)}: compose several steps with torchvision.transforms.Compose."
+        )
+    return pair
 
 
 def view(value: Any) -> Tensor:
     """Require that a transform of one image returned a tensor, and return it."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"`transform` must turn an image into a tensor, got {_kind(value)}: "
-            "end it with a conversion, and choose one where it returns several views."
+            f"`transform` must map an image to a tensor, got {_kind(value)}: end it with a "
+            "conversion such as ToTensor(), and if it returns several views, choose one of them."
         )
     return value
 
@@ -187,9 +256,66 @@ def views(value: Any, n: int) -> Tensor:
     if not isinstance(value, Tensor) or not value.ndim or len(value) != n:
         raise ValueError(
             f"`transform` must map a tensor of {n} images to a tensor of {n} images, got "
-            f"{_kind(value)}: for a transform of single images use SharedAugmentCollate."
+            f"{_kind(value)}: for a transform of single images use SharedAugmentCollate, and "
+            "assert_shared with batched=False."
         )
     return value
+
+
+def one_size(views: list[Tensor]) -> None:
+    """Require that single views have one size."""
+    sizes = sorted({tuple(view.shape) for view in views})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"`transform` must return views of one size, got sizes {sizes[0]} and {sizes[1]}: end "
+            "it with a resize or a crop to a fixed size."
+        )
+
+
+def same_draws(same: bool, first: Any, other: Any) -> None:
+    """Require that two images of a chunk made a transform draw the same random numbers."""
+    if not same:
+        raise ValueError(
+            "`transform` must draw the same random numbers for all images of a chunk, got "
+            f"different states of the random generators after images of size {_size(first)} and "
+            f"{_size(other)}: what it drew last was not shared. Bring the images to one size "
+            "first, for example with Resize and CenterCrop in the dataset's transform."
+        )
+
+
+def image_tensors(images: list[Any]) -> None:
+    """Require tensors, as transforms of stacked images take them."""
+    for image in images:
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"`image` must be a torch.Tensor, got {_kind(image)}: convert it to a tensor, or "
+                "pass batched=False if the transform takes single images."
+            )
+
+
+def finite(broken: int, count: int) -> None:
+    """Require that no view of a transform is broken."""
+    if broken:
+        raise ValueError(
+            f"`transform` must return finite values, got NaN or infinity in {broken} of {count} "
+            "views: check the range of values that it expects."
+        )
+
+
+def shared(differ_within: bool, differ_across: bool, count: int) -> None:
+    """Require that the images of a chunk shared each augmentation, and that views differed."""
+    if differ_within:
+        raise ValueError(
+            "`transform` must draw one augmentation for all images of a chunk, got different views "
+            "of copies of one image: use torchvision.transforms.v2 or kornia with "
+            "same_on_batch=True for tensors of images; for single images draw from the generators "
+            "of torch, NumPy or random, or seed another from random.getrandbits(32) in every call."
+        )
+    if not differ_across:
+        raise ValueError(
+            f"`transform` must draw a new augmentation for each view, got {count} equal views: use "
+            "a random transform, and an image that it changes."
+        )
 
 
 def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
@@ -333,8 +459,8 @@ def forward_mode_once() -> None:
 def _floating(name: str, value: Any) -> None:
     if isinstance(value, (tuple, dict)):
         raise TypeError(
-            f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: pass "
-            "one of its tensors."
+            f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: pick "
+            "one output of the model."
         )
     if not isinstance(value, Tensor) or not _is_floating(value.dtype):
         raise TypeError(
@@ -415,13 +541,23 @@ def _read(x: Tensor, value: Callable[[Tensor], float]) -> float | None:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
 
 
 def _choice(name: str, value: Any, options: tuple[str, ...]) -> None:
     if value not in options:
         words = " or ".join(map(repr, options))
         raise ValueError(f"`{name}` must be {words}, got {value!r}: choose one of them.")
+
+
+def _size(image: Any) -> Any:
+    """Return what an image calls its size: a tensor its shape, a PIL image (width, height)."""
+    size = getattr(image, "shape", getattr(image, "size", "unknown"))
+    return tuple(size) if isinstance(size, torch.Size) else size
 
 
 def _kind(value: Any) -> str:

@@ -18,22 +18,50 @@ def runs(chunks: int, n: int) -> list[tuple[int, int]]:
     return [(k, m) for k, m in ((longer, rows + 1), (chunks - longer, rows)) if k]
 
 
-def split(z: Tensor, chunks: int) -> list[Tensor]:
-    """Cut rows `(*, N, D)` into one or two stacks of equally long chunks `(*, k, n, D)`."""
-    cut = runs(chunks, z.shape[-2])
-    stacks = z.split([k * m for k, m in cut], dim=-2)
-    return [stack.unflatten(-2, run) for stack, run in zip(stacks, cut, strict=True)]
+def plan(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]] | None:
+    """Return how to cut `n` rows into chunks: the order to bring them into, and the runs.
+
+    The order is None where the rows stay as they are. There is no plan for ids that cannot be read:
+    on a GPU that would make the host wait, and under `torch.compile` and `vmap` it is impossible.
+    """
+    if not isinstance(chunks, Tensor):
+        return None, runs(chunks, n)
+    if chunks.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        return read(chunks)
+    except RuntimeError:
+        return None
 
 
-def ids(chunks: int | Tensor, n: int, device: torch.device) -> Tensor:
-    """Return the chunk id of each of `n` rows, shape `(n,)`: 0, 0, 0, 1, 1, ... for an int."""
+def read(ids: Tensor) -> tuple[Tensor | None, list[tuple[int, int]]]:
+    """Return the plan for chunks that ids `(N,)` name: long chunks first, then by ids.
+
+    Rows whose id is unique are left out.
+
+    >>> read(torch.tensor([7, 5, 7, 5, 5, 9]))
+    (tensor([1, 3, 4, 0, 2]), [(1, 3), (1, 2)])
+    """
+    by_id, order = ids.sort(stable=True)
+    lengths = by_id.unique_consecutive(return_counts=True)[1]
+    counts = lengths.bincount().tolist()
+    cut = [(counts[m], m) for m in range(len(counts) - 1, 1, -1) if counts[m]]
+    if len(cut) > 1 or counts[1]:
+        by_length = lengths.repeat_interleave(lengths).sort(stable=True, descending=True).indices
+        order = order[by_length][: sum(k * m for k, m in cut)]
+    in_place = torch.equal(order, torch.arange(len(ids), device="cpu"))
+    return None if in_place else order, cut
+
+
+def split(z: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
+    """Cut rows `(*, N, D)` into one stack of equally long chunks `(*, k, n, D)` for each run."""
+    stacks = z.split([k * m for k, m in runs], dim=-2)
+    return [stack.unflatten(-2, run) for stack, run in zip(stacks, runs, strict=True)]
+
+
+def members(chunks: int | Tensor, n: int) -> list[Tensor]:
+    """Return the row numbers of each chunk in turn."""
     if isinstance(chunks, Tensor):
-        return chunks
-    lengths = [m for k, m in runs(chunks, n) for _ in range(k)]
-    numbers = torch.arange(len(lengths), device="cpu")  # whatever the default device is
-    return numbers.repeat_interleave(torch.tensor(lengths, device="cpu")).to(device)
-
-
-def members(ids: Tensor) -> list[Tensor]:
-    """Return the row numbers of each chunk in turn. Reads the ids: for views, never for losses."""
-    return [(ids == chunk).nonzero().squeeze(-1) for chunk in ids.unique()]
+        return [(chunks == chunk).nonzero().squeeze(-1) for chunk in chunks.unique()]
+    rows = torch.arange(n, device="cpu")  # whatever the default device is
+    return list(rows.split([m for k, m in runs(chunks, n) for _ in range(k)]))

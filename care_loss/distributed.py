@@ -31,6 +31,9 @@ def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -
     return gathered
 
 
+# Each of the two is the other's derivative, so derivatives of every order are right.
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -42,6 +45,17 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)  # all_reduce is in place
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+        return _SumForOwner.apply(grads[0], ctx.group), None  # type: ignore[no-untyped-call]
+
+
+class _SumForOwner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)  # all_reduce is in place
+        dist.all_reduce(total, group=group)
+        return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _AllGather.apply(grads[0], ctx.group), None  # type: ignore[no-untyped-call]

@@ -10,7 +10,8 @@ the equivariance and uniformity losses, which could not bear that, are computed 
 """
 
 import math
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +72,12 @@ def info_nce_loss(
         2020, equation 1.
     """
     _checks.embeddings(z1=z1, z2=z2)
-    _checks.temperature(temperature, z1.device)
+    temperature = _checks.temperature(temperature, z1.device)
     _checks.reduction(reduction)
     if negatives is not None:
         _checks.queue(negatives, z1)
     u, v = _unit_rows(z1), _unit_rows(z2)
-    with torch.autocast(z1.device.type, enabled=False):
+    with _without_autocast(z1):
         scaled = u / temperature
         positive = (scaled * v).sum(-1)
         if negatives is not None:
@@ -121,8 +122,11 @@ def equivariance_loss(
         z2: Embeddings of the second view, `(*, N, D)`.
         chunks: How many contiguous chunks to cut the rows into, with the boundaries of
             `torch.tensor_split`; a batch too small for them gets `N // 2`. Or integer ids `(N,)`:
-            rows with one id form a chunk, and a row alone with its id counts nothing (the loss is 0
-            where all are alone). Ids cost the products of all N rows, an int those of its chunks.
+            rows with the same id form a chunk, and rows whose id is unique are ignored. Ids on the
+            CPU are read, whatever the device of the embeddings, and cost little more than an int;
+            if no id occurs twice, that is an error. Ids on another device, or under
+            `torch.compile`, are not read: the full N x N Gram matrices are computed, and if no id
+            occurs twice, the loss is NaN.
         scale: `"mean"` over the pairs, or `"authors"`, the published code's
             :math:`\frac{2}{n} \sum_{i \ne j}`, which is :math:`2(n-1)` times as much.
         reduction: `"mean"` for a scalar, `"none"` for a value a chunk (not with ids).
@@ -147,15 +151,20 @@ def equivariance_loss(
         Learning, ICLR 2024, equation 3 and appendix E.
     """
     _checks.embeddings(z1=z1, z2=z2)
-    _checks.chunks(chunks, z1.shape[-2], z1.device)
+    chunks = _checks.chunks(chunks, z1.shape[-2], z1.device)
     _checks.scale(scale)
     _checks.reduction(reduction, chunks)
-    u, v = _exact_unit_rows(z1), _exact_unit_rows(z2)
-    if isinstance(chunks, Tensor):
-        loss = _gap_by_id(u, v, chunks, scale)
+    plan = _chunks.plan(chunks, z1.shape[-2])
+    if plan is None:
+        loss = _gap_by_id(z1, z2, cast(Tensor, chunks), scale)
     else:
-        stacks = zip(_chunks.split(u, chunks), _chunks.split(v, chunks), strict=True)
-        loss = torch.cat([_gap_of_chunks(p, q, scale) for p, q in stacks], -1)
+        order, runs = plan
+        _checks.pairs(runs)
+        if order is not None:
+            z1, z2 = (z.index_select(-2, order.to(z.device)) for z in (z1, z2))
+        u, v = (_chunks.split(_exact_unit_rows(z), runs) for z in (z1, z2))
+        gaps = [_gap_of_chunks(p, q, scale) for p, q in zip(u, v, strict=True)]
+        loss = torch.cat(gaps, -1)
     loss = loss.to(_computed_in(z1))
     return loss.mean() if reduction == "mean" else loss
 
@@ -187,10 +196,10 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
         Uniformity on the Hypersphere, ICML 2020, section 4.1.
     """
     _checks.embeddings(z=z)
-    _checks.number("t", t)
+    t = _checks.number("t", t)
     u = _exact_unit_rows(z)
     n = z.shape[-2]
-    with torch.autocast(z.device.type, enabled=False):
+    with _without_autocast(z):
         squared_norm = u.square().sum(-1, keepdim=True)  # 1, or 0 for a zero row
         squared_distance = squared_norm + squared_norm.mT - 2 * u @ u.mT
         own = torch.eye(n, dtype=torch.bool, device=z.device)
@@ -226,14 +235,23 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
         Wang and Isola, 2020, section 4.1, as for :func:`uniformity_loss`.
     """
     _checks.embeddings(z1=z1, z2=z2)
-    _checks.number("alpha", alpha)
-    distance = (_unit_rows(z1) - _unit_rows(z2)).square().sum(-1)
+    alpha = _checks.number("alpha", alpha)
+    # Where rows nearly coincide, rounding unit rows to float32 would be the larger part.
+    distance = (_exact_unit_rows(z1) - _exact_unit_rows(z2)).square().sum(-1)
     if alpha != 2:
         # A power other than 1 of the squared distance has no usable derivative at 0: rows that
         # coincide go around it.
         coincide = distance == 0
         distance = distance.masked_fill(coincide, 1).pow(alpha / 2).masked_fill(coincide, 0)
-    return distance.mean()
+    return distance.mean().to(_computed_in(z1))
+
+
+def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
+    """Compute as the code says; on some devices, such as meta, there is no autocast at all."""
+    device = z.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _unit_rows(z: Tensor) -> Tensor:
@@ -250,20 +268,23 @@ def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:
     return _squared_gap(u, v).sum((-2, -1)) * _pair_weight(u.shape[-2], scale)
 
 
-def _gap_by_id(u: Tensor, v: Tensor, ids: Tensor, scale: Scale) -> Tensor:
-    """Return the mean loss of the chunks that `ids` `(N,)` name, `(*, N, D)` -> `(*)`."""
-    gap = _squared_gap(u, v)
+def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
+    """Return the mean loss of the chunks that `ids` `(N,)` name without reading them: `(*)`."""
+    ids = ids.to(z1.device)
     together = ids.unsqueeze(-1) == ids
-    n = together.sum(-1, dtype=gap.dtype)  # for each row, the size of its chunk
-    # The clamps keep rows without a partner finite; no pair carries their weight.
+    n = together.sum(-1)  # for each row, the size of its chunk
+    alone = (n == 1).unsqueeze(-1)
+    u, v = (_exact_unit_rows(z.masked_fill(alone, 0)) for z in (z1, z2))
+    n = n.to(u.dtype)
+    # The clamp keeps rows without a partner finite; no pair carries their weight.
     weight = together * _pair_weight(n.clamp_min(2), scale)
-    chunks = ((n > 1) / n).sum().clamp_min(1)
-    return (gap * weight).sum((-2, -1)) / chunks
+    chunks = ((n > 1) / n).sum()  # 0 where no id occurs twice: the loss is NaN
+    return (_squared_gap(u, v) * weight).sum((-2, -1)) / chunks
 
 
 def _squared_gap(u: Tensor, v: Tensor) -> Tensor:
     """Square the differences of Gram matrices above the diagonal, `(*, n, D)` -> `(*, n, n)`."""
-    with torch.autocast(u.device.type, enabled=False):
+    with _without_autocast(u):
         return (u @ u.mT - v @ v.mT).triu(1).square()
 
 

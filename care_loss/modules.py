@@ -13,6 +13,8 @@ from care_loss import _checks
 from care_loss.distributed import all_gather
 from care_loss.functional import Reduction, Scale, equivariance_loss, info_nce_loss
 
+_TEMPERATURE = 0.5
+
 
 class InfoNCELoss(nn.Module):
     """Contrast two views: :func:`care_loss.functional.info_nce_loss` with its arguments remembered.
@@ -33,15 +35,15 @@ class InfoNCELoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float = _TEMPERATURE,
         *,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        _checks.number("temperature", temperature)
+        self.temperature = _checks.number("temperature", temperature)
         _checks.reduction(reduction)
-        self.temperature = temperature
+        _checks.boolean("gather_distributed", gather_distributed)
         self.reduction: Reduction = reduction
         self.gather_distributed = gather_distributed
 
@@ -71,13 +73,16 @@ class EquivarianceLoss(nn.Module):
     """
 
     def __init__(
-        self, chunks: int, *, scale: Scale = "mean", reduction: Reduction = "mean"
+        self,
+        chunks: int | None = None,
+        *,
+        scale: Scale = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _checks.chunk_count(chunks)
         _checks.scale(scale)
         _checks.reduction(reduction)
-        self.chunks = chunks
+        self.chunks = None if chunks is None else _checks.chunk_count(chunks)
         self.scale: Scale = scale
         self.reduction: Reduction = reduction
 
@@ -87,7 +92,7 @@ class EquivarianceLoss(nn.Module):
         `chunks`, an int or ids `(N,)`, replaces the constructor's for this batch.
         """
         _checks.embeddings(leading=False, z1=z1, z2=z2)
-        chunks = self.chunks if chunks is None else chunks
+        chunks = _checks.chunks_of_call(chunks, self.chunks)
         return equivariance_loss(z1, z2, chunks=chunks, scale=self.scale, reduction=self.reduction)
 
     def extra_repr(self) -> str:
@@ -144,24 +149,26 @@ class CAREloss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float = _TEMPERATURE,
         equivariance_weight: float = 0.3,
         *,
-        chunks: int,
+        chunks: int | None = None,
         shared_views: bool = False,
         scale: Scale = "mean",
-        base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        base_loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        _checks.number("temperature", temperature)
-        _checks.number("equivariance_weight", equivariance_weight, or_zero=True)
-        _checks.chunk_count(chunks)
+        temperature = _checks.number("temperature", temperature)
+        _checks.boolean("shared_views", shared_views)
+        _checks.boolean("gather_distributed", gather_distributed)
         _checks.scale(scale)
-        _checks.base_loss(base_loss, gather_distributed)
+        _checks.base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
         self.temperature = temperature
-        self.equivariance_weight = equivariance_weight
-        self.chunks = chunks
+        self.equivariance_weight = _checks.number(
+            "equivariance_weight", equivariance_weight, or_zero=True
+        )
+        self.chunks = None if chunks is None else _checks.chunk_count(chunks)
         self.shared_views = shared_views
         self.scale: Scale = scale
         self.base_loss = base_loss
@@ -200,6 +207,7 @@ class CAREloss(nn.Module):
                 `chunks` for this batch.
         """
         _checks.equivariant_pair(equivariant1, equivariant2, self.shared_views)
+        chunks = _checks.chunks_of_call(chunks, self.chunks)
         if equivariant1 is None or equivariant2 is None:
             _checks.embeddings(leading=False, z1=z1, z2=z2)
             equivariant1, equivariant2 = z1, z2
@@ -209,7 +217,6 @@ class CAREloss(nn.Module):
             base = _info_nce(z1, z2, self.temperature, "mean", self.gather_distributed)
         else:
             base = _checks.scalar(self.base_loss(z1, z2))
-        chunks = self.chunks if chunks is None else chunks
         equivariance = equivariance_loss(
             equivariant1, equivariant2, chunks=chunks, scale=self.scale
         )
@@ -217,16 +224,18 @@ class CAREloss(nn.Module):
         return CARELossComponents(loss, base, equivariance)
 
     def extra_repr(self) -> str:
-        names = ["temperature", "equivariance_weight", "chunks", "shared_views", "scale"]
-        if not isinstance(self.base_loss, nn.Module):  # a module is printed as a child
+        names = ["equivariance_weight", "chunks", "shared_views", "scale"]
+        if self.base_loss is None:
+            names = ["temperature", *names, "gather_distributed"]
+        elif not isinstance(self.base_loss, nn.Module):  # a module is printed as a child
             names.append("base_loss")
-        return _arguments(self, *names, "gather_distributed")
+        return _arguments(self, *names)
 
 
 def _info_nce(
     z1: Tensor, z2: Tensor, temperature: float, reduction: Reduction, gather_distributed: bool
 ) -> Tensor:
-    _checks.embeddings(leading=False, z1=z1, z2=z2)
+    _checks.embeddings(leading=False, rows=1 if gather_distributed else 2, z1=z1, z2=z2)
     if gather_distributed:
         z1, z2 = all_gather(z1), all_gather(z2)
     return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)

@@ -23,11 +23,11 @@ Transform = Callable[[Any], Tensor]
 
 
 class SharedViews(NamedTuple):
-    """Two views `(N, ...)` of a batch, and the id of each row's chunk `(N,)` for the loss."""
+    """Two views `(N, ...)` of a batch, and the `chunks` to pass to the loss with them."""
 
     view1: Tensor
     view2: Tensor
-    chunks: Tensor
+    chunks: int | Tensor
 
 
 def shared_views(
@@ -40,10 +40,11 @@ def shared_views(
     Args:
         images: A batch of images, `(N, ...)` with `N >= 2`.
         transform: Maps images `(n, ...)` to views `(n, ...)`, drawing one augmentation for all.
-        chunks: The number of chunks, or ids `(N,)`, just as the losses take them.
+        chunks: The number of contiguous chunks, or integer ids `(N,)`, as the losses take them.
 
     Returns:
-        The two views, in the order of `images`, and the chunk ids, to be handed to the loss.
+        The two views, in the order of `images`, and the chunks to pass to the loss: the number of
+        chunks that were made where a number was given, otherwise the ids.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
@@ -54,76 +55,93 @@ def shared_views(
         >>> images = torch.ones(6, 3, 8, 8)
         >>> view1, view2, chunks = shared_views(images, brightness, chunks=2)
         >>> chunks
-        tensor([0, 0, 0, 1, 1, 1])
+        2
         >>> torch.equal(view1[0], view1[2]), torch.equal(view1[0], view2[0])
         (True, False)
     """
     _checks.images(images)
-    _checks.chunks(chunks, len(images), images.device)
-    ids = _chunks.ids(chunks, len(images), images.device)
-    members = _chunks.members(ids)
-    pairs = [
-        [_checks.views(transform(images[rows]), len(rows)) for _ in range(2)] for rows in members
-    ]
-    restore = torch.cat(members).argsort()
-    view1, view2 = (torch.cat(parts)[restore] for parts in zip(*pairs, strict=True))
-    return SharedViews(view1, view2, ids)
+    chunks = _checks.chunks(chunks, len(images), images.device)
+    members = _chunks.members(chunks, len(images))
+    _checks.pairs([rows for rows in members if len(rows) > 1])
+    view1, view2 = (_augment(images, transform, members) for _ in range(2))
+    return SharedViews(view1, view2, chunks if isinstance(chunks, Tensor) else len(members))
 
 
 class SharedAugmentCollate:
     """Collate a batch into chunk-shared views, with any transform of single images.
 
     All images of a chunk are transformed from the same state of the random generators of `torch`
-    (on the CPU), NumPy and `random`, so they get the same augmentation. A transform with a private
-    generator would escape that, and images of different sizes get different crops:
-    :func:`assert_shared` with `batched=False` checks a transform.
+    (on the CPU), NumPy and `random`, so they get the same augmentation. This works only if the
+    transform draws the same random numbers for all of them. Images of different sizes may make it
+    draw more often for one than for another (`RandomResizedCrop` does), so the states of the
+    generators are compared after each image, and it is an error if they differ. A transform with a
+    generator of its own is not noticed: :func:`assert_shared` with `batched=False` checks for it.
 
-    The generators of NumPy and `random` are left as they were found, and `torch`'s advances by one
-    draw a batch for the shared views: `torch.manual_seed` makes a run repeatable, and every worker
-    process and epoch of a `DataLoader` draws its own augmentations. Where workers are spawned (on
-    macOS and Windows), the transforms must be picklable: functions of a module, no lambdas.
+    Under `torch.manual_seed` the shared views are repeatable, whatever generator the transform
+    draws from. The ordinary views are as repeatable as their transform: one that draws from NumPy
+    or `random` needs their seeds as well. Every worker process and epoch of a `DataLoader` draws
+    its own augmentations. The generators of NumPy and `random` are left as they were found, but for
+    what `ordinary` draws; that of `torch` advances by one draw per batch for the shared views.
+
+    If workers are spawned (on macOS and Windows), the transforms must be picklable: functions of a
+    module or objects, no lambdas.
 
     Args:
-        transform: Maps one image, as the dataset yields it, to a tensor; shared by each chunk.
-        chunks: How many contiguous chunks to cut a batch into; a small batch gets `N // 2` chunks.
-        own: Maps one image to a tensor, drawing anew for every image and view; for the ordinary
-            views. Without it the shared views come alone (`CAREloss(shared_views=True)`).
+        transform: Maps one image, as the dataset yields it, to a tensor, and is shared by each
+            chunk. Or a pair of such transforms, one for each view.
+        chunks: The number of contiguous chunks to cut a batch into; a batch too small for them gets
+            `N // 2`.
+        ordinary: Maps one image to a tensor, for the ordinary views: it draws anew for every image
+            and view. Or a pair, one for each view (BYOL, Barlow Twins). Without it only the shared
+            views are made, for `CAREloss(shared_views=True)`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described, here or in a call.
 
     Example:
         >>> def brightness(image):
         ...     return image * torch.rand(())
-        >>> collate = SharedAugmentCollate(brightness, chunks=2, own=brightness)
-        >>> (z1, z2, e1, e2, chunks), labels = collate([(torch.ones(3), k) for k in range(4)])
-        >>> torch.equal(e1[0], e1[1]), torch.equal(e1[1], e1[2]), torch.equal(z1[0], z1[1])
+        >>> collate = SharedAugmentCollate(brightness, chunks=2, ordinary=brightness)
+        >>> (x1, x2, a1, a2, chunks), labels = collate([(torch.ones(3), k) for k in range(4)])
+        >>> torch.equal(a1[0], a1[1]), torch.equal(a1[1], a1[2]), torch.equal(x1[0], x1[1])
         (True, False, False)
         >>> chunks, labels
-        (tensor([0, 0, 1, 1]), tensor([0, 1, 2, 3]))
+        (2, tensor([0, 1, 2, 3]))
     """
 
-    def __init__(self, transform: Transform, *, chunks: int, own: Transform | None = None) -> None:
-        _checks.chunk_count(chunks)
-        self.transform = transform
-        self.chunks = chunks
-        self.own = own
+    def __init__(
+        self,
+        transform: Transform | tuple[Transform, Transform],
+        *,
+        chunks: int,
+        ordinary: Transform | tuple[Transform, Transform] | None = None,
+    ) -> None:
+        self.chunks = _checks.chunk_count(chunks)
+        self.transforms = _checks.transforms("transform", transform)
+        self.ordinary = None if ordinary is None else _checks.transforms("ordinary", ordinary)
 
-    def __call__(self, batch: Sequence[tuple[Any, Any]]) -> tuple[tuple[Tensor, ...], Any]:
+    def __call__(self, batch: Sequence[tuple[Any, Any]]) -> tuple[tuple[Any, ...], Any]:
         """Collate samples `(image, label)` into `(views, labels)`.
 
-        The views stand in the order of the loss's arguments: the two of `own` where given, the two
-        shared ones, and the chunk ids.
+        The views are in the order of the loss's arguments: the two ordinary ones if `ordinary` was
+        given, the two shared ones, and the number of chunks.
         """
         _checks.samples(batch)
         images, labels = zip(*batch, strict=True)
-        ids = _chunks.ids(self.chunks, len(images), torch.device("cpu"))
         views = []
-        if self.own is not None:
-            views += [
-                torch.stack([_checks.view(self.own(_copy(image))) for image in images])
-                for _ in range(2)
-            ]
-        for seeds in torch.randint(2**32, (2, int(ids[-1]) + 1)):  # a seed for each view and chunk
-            views.append(torch.stack(_replay(self.transform, images, seeds[ids].tolist())))
-        return (*views, ids), default_collate(list(labels))
+        if self.ordinary is not None:
+            for transform in self.ordinary:
+                outputs = [_checks.view(transform(_copy(image))) for image in images]
+                views.append(_stack(outputs))
+        members = _chunks.members(self.chunks, len(images))
+        for transform, seeds in zip(
+            self.transforms, torch.randint(2**32, (2, len(members))).tolist(), strict=True
+        ):
+            outputs = []
+            for rows, seed in zip(members, seeds, strict=True):
+                outputs += _replay(transform, [images[row] for row in rows.tolist()], seed)
+            views.append(_stack(outputs))
+        return (*views, len(members)), default_collate(list(labels))
 
 
 def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bool = True) -> None:
@@ -131,16 +149,19 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
 
     Copies of one image go through the transform as the images of a chunk would. They must come out
     equal within a view (to 1e-4 of its range of values), and not all views may be equal: 16 are
-    drawn, for the sake of transforms that often do nothing.
+    drawn, because some transforms often do nothing.
 
     Args:
         transform: Maps images `(n, ...)` to views `(n, ...)` as for :func:`shared_views`, or, with
             `batched=False`, one image to a tensor as for :class:`SharedAugmentCollate`.
-        image: One image that augmentations change visibly (not a constant one).
+        image: An image that augmentations change visibly (not a constant one), or a list of images.
+            Each is checked. With `batched=False` images of different sizes are also checked to draw
+            the same random numbers.
         batched: Which of the two the transform is.
 
     Raises:
-        ValueError: if copies of one image differ within a view, or all views agree.
+        TypeError, ValueError: if copies of one image differ within a view, if all views agree, or
+            if an argument is not as described.
 
     Example:
         >>> def noise(images):
@@ -150,40 +171,74 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
         ...
         ValueError: `transform` must draw one augmentation for all images of a chunk, got ...
     """
-    views = [_copies(transform, image, batched) for _ in range(16)]
-    if any(_differ(copy, view[0]) for view in views for copy in view[1:]):
-        raise ValueError(
-            "`transform` must draw one augmentation for all images of a chunk, got different views "
-            "of copies of one image: use torchvision.transforms.v2 or kornia with "
-            "same_on_batch=True for tensors of images; for single images draw from the generators "
-            "of torch, NumPy or random, or seed another from random.getrandbits(32) in every call."
-        )
-    if not any(_differ(view[0], views[0][0]) for view in views[1:]):
-        raise ValueError(
-            f"`transform` must draw a new augmentation for each view, got {len(views)} equal "
-            "views: use a random transform, and an image that it changes."
-        )
+    _checks.boolean("batched", batched)
+    images = image if isinstance(image, list) else [image]
+    if batched:
+        _checks.image_tensors(images)
+    elif len(images) > 1:
+        for seed in torch.randint(2**32, (16,)).tolist():
+            _replay(transform, images, seed)
+    for one in images:
+        views = [_copies(transform, one, batched) for _ in range(16)]
+        copies = [copy for view in views for copy in view]
+        _checks.finite(sum(not bool(copy.isfinite().all()) for copy in copies), len(copies))
+        _checks.one_size(copies)
+        within = any(_differ(copy, view[0]) for view in views for copy in view[1:])
+        across = any(_differ(view[0], views[0][0]) for view in views[1:])
+        _checks.shared(within, across, len(views))
 
 
-def _replay(transform: Transform, images: Sequence[Any], seeds: Sequence[int]) -> list[Tensor]:
-    """Transform each image after setting the random generators to its seed, then restore them."""
-    numpy = sys.modules.get("numpy")  # if nobody has imported it, nobody draws from it
-    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-    views = []
+def _augment(
+    images: Tensor, transform: Callable[[Tensor], Tensor], members: list[Tensor]
+) -> Tensor:
+    """Transform the images of each chunk together, and return them in their order."""
+    outputs = [_checks.views(transform(images[rows]), len(rows)) for rows in members]
+    _checks.one_size([output[0] for output in outputs])
+    view = torch.cat(outputs)
+    order = torch.cat(members)
+    in_order = torch.arange(len(order), device=order.device)
+    return view if torch.equal(order, in_order) else view[order.argsort().to(view.device)]
+
+
+def _stack(views: list[Tensor]) -> Tensor:
+    _checks.one_size(views)
+    return torch.stack(views)
+
+
+def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tensor]:
+    """Transform the images of a chunk from one state of the generators, then restore those."""
+    before = _states()
+    outputs, first = [], None
     try:
-        for image, seed in zip(images, seeds, strict=True):
+        for image in images:
             # Not torch.manual_seed: that would set the generators of every GPU too.
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
-            if numpy:
+            if numpy := sys.modules.get("numpy"):
                 numpy.random.seed(seed)
-            views.append(_checks.view(transform(_copy(image))))
+            outputs.append(_checks.view(transform(_copy(image))))
+            after = _states()
+            first = first or after
+            _checks.same_draws(_same(first, after), images[0], image)
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy:
-            numpy.random.set_state(states[2])
-    return views
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        if before[2]:
+            sys.modules["numpy"].random.set_state(before[2])
+    return outputs
+
+
+def _states() -> tuple[Tensor, Any, Any]:
+    """Return the states of the generators of torch, `random`, and NumPy if somebody imported it."""
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+
+
+def _same(a: tuple[Tensor, Any, Any], b: tuple[Tensor, Any, Any]) -> bool:
+    same = torch.equal(a[0], b[0]) and a[1] == b[1]
+    if a[2] and b[2]:  # a name, an array of integers, and numbers
+        same = same and a[2][1].tobytes() == b[2][1].tobytes() and a[2][2:] == b[2][2:]
+    return same
 
 
 def _copy(image: Any) -> Any:
@@ -195,12 +250,11 @@ def _copies(transform: Callable[[Any], Tensor], image: Any, batched: bool) -> li
     """Transform four copies of an image as the four images of one chunk."""
     if batched:
         return list(_checks.views(transform(torch.stack([image] * 4)), 4))
-    seed = int(torch.randint(2**32, ()))
-    return _replay(transform, [image] * 4, [seed] * 4)
+    return _replay(transform, [image] * 4, int(torch.randint(2**32, ())))
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return True
     a, b = a.cpu().double(), b.cpu().double()
-    return not bool((a - b).abs().max() <= 1e-4 * (b.max() - b.min()))
+    return bool((a - b).abs().max() > 1e-4 * (b.max() - b.min()))

@@ -106,7 +106,7 @@ def test_modules_take_one_row_a_sample(module):
     )
     if isinstance(module, CAREloss):
         sentence = "`equivariant1` must have shape (N, D)"
-        assert_refused(lambda: module(Z, Z, maps, maps), sentence)
+        assert_refused(lambda: CAREloss(chunks=2)(Z, Z, maps, maps), sentence)
 
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
@@ -129,8 +129,9 @@ CHUNKS = {
     "a fraction": (2.0, "got float 2.0"),
     "a boolean": (True, "got bool True"),
     "a word": ("2", "got str '2'"),
-    "a list": ([2], "got list"),
-    "nothing": (None, "got NoneType"),
+    "a list": ([2], "given as ids must be a torch.Tensor, got list: convert the ids with"),
+    "an array": (np.arange(8), "given as ids must be a torch.Tensor, got numpy.ndarray"),
+    "a dict": ({}, "got dict"),
 }
 IDS = {
     "the wrong length": (torch.arange(7), "integers of shape (8,), got torch.int64 of shape (7,)"),
@@ -155,9 +156,8 @@ def test_bad_numbers_of_chunks(chunks, sentence):
         lambda: shared_views(Z, nothing, chunks=chunks),
     ):
         assert_refused(call, sentence)
-    if chunks is not None:  # in a call None means the constructor's
-        assert_refused(lambda: EquivarianceLoss(2)(Z, Z, chunks=chunks), sentence)
-        assert_refused(lambda: CAREloss(chunks=2)(Z, Z, Z, Z, chunks=chunks), sentence)
+    assert_refused(lambda: EquivarianceLoss(2)(Z, Z, chunks=chunks), sentence)
+    assert_refused(lambda: CAREloss(chunks=2)(Z, Z, Z, Z, chunks=chunks), sentence)
 
 
 @pytest.mark.parametrize(("ids", "sentence"), IDS.values(), ids=IDS)
@@ -201,7 +201,9 @@ def test_unknown_words(word):
         assert_refused(call, f"`scale` must be 'mean' or 'authors', got {word!r}")
 
 
-@pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, "0.5", None, True, np.float32(0.5)])
+@pytest.mark.parametrize(
+    "value", [0, -0.1, math.nan, math.inf, "0.5", None, True, np.float32(0), np.ones(1)]
+)
 def test_bad_numbers(value):
     for name, call in (
         ("temperature", lambda: info_nce_loss(Z, Z, temperature=value)),
@@ -252,7 +254,7 @@ def test_bad_queues():
 def test_two_ordinary_views_would_train_a_placebo():
     sentence = "`equivariant1` and `equivariant2` must be given unless shared_views=True"
     assert_refused(lambda: CAREloss(chunks=2)(Z, Z), sentence)
-    assert_refused(lambda: CAREloss(chunks=2)(Z, Z), "would train a placebo")
+    assert_refused(lambda: CAREloss(chunks=2)(Z, Z), "a control without sharing")
 
 
 @pytest.mark.parametrize("shared_views", [True, False])
@@ -295,9 +297,9 @@ def test_bad_samples():
     for transform in (lambda x: [x, x], lambda x: x.numpy()):
         for broken in (
             SharedAugmentCollate(transform, chunks=2),
-            SharedAugmentCollate(nothing, chunks=2, own=transform),
+            SharedAugmentCollate(nothing, chunks=2, ordinary=transform),
         ):
-            sentence = "must turn an image into a tensor, got "
+            sentence = "must map an image to a tensor, got "
             assert_refused(lambda c=broken: c([(Z[0], 0), (Z[1], 0)]), sentence)
         assert_refused(lambda t=transform: assert_shared(t, Z[0], batched=False), sentence)
 
@@ -333,7 +335,7 @@ FITS = {
     "complex numbers": ((Z, Z + 0j), "`target` must be a torch.Tensor of a floating point dtype"),
     "8 bits": ((Z.to(torch.float8_e4m3fn), Z), "floating point dtype, got torch.float8_e4m3fn"),
     "NumPy arrays": ((Z.numpy(), Z.numpy()), "got numpy.ndarray"),
-    "two outputs of a model": (((Z, Z), Z), "got tuple: pass one of its tensors."),
+    "two outputs of a model": (((Z, Z), Z), "got tuple: pick one output of the model."),
     "dtypes that differ": ((Z, Z.double()), "the same dtype, got torch.float32"),
     "devices that differ": ((Z, Z.to("meta")), "the same device, got torch.float32"),
 }
@@ -396,7 +398,7 @@ def test_bad_matrices():
 
 def test_a_fit_is_not_a_matrix():
     fit = fit_rotation(Z, Z)
-    assert_refused(lambda: rotation_angles(fit), "RotationFit: pass one of its tensors.")
+    assert_refused(lambda: rotation_angles(fit), "RotationFit: pick one output")
 
 
 @pytest.mark.parametrize("draw", [random_orthogonal, random_uniform])
@@ -468,7 +470,7 @@ def test_bad_vectors_to_normalize():
         (Z + 0j, "floating point dtype, got torch.complex64"),
         (Z[:, :0], "`x` must have shape (*, D) with D >= 1, got (8, 0)"),
         (torch.tensor(3.0), "`x` must have shape (*, D) with D >= 1, got ()"),
-        ((Z, Z), "got tuple: pass one of its tensors."),
+        ((Z, Z), "got tuple: pick one output of the model."),
     ):
         assert_refused(lambda x=x: normalize(x), sentence)
 

@@ -1,6 +1,8 @@
 """Values of the losses: against the reference, in every dtype, at the edges of the formats."""
 
+import contextlib
 import math
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -107,11 +109,20 @@ def test_info_nce_is_lightlys(temperature, lightly_loss, device):
 @pytest.mark.parametrize(
     "ids", [[0, 0, 0, 1, 1, 1], [5, -3, 5, 5, -3, 9], [0, 1, 0, 2, 3, 0], [7] * 6]
 )
-def test_ids_name_the_rows_of_a_chunk_and_single_rows_count_nothing(ids, scale, device):
+@pytest.mark.parametrize("are_read", [True, False])
+def test_ids_name_the_rows_of_a_chunk_and_single_rows_are_ignored(ids, scale, are_read, device):
     z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64, device=device)
-    loss = equivariance_loss(z1, z2, chunks=torch.tensor(ids, device=device), scale=scale)
     expected = reference.equivariance_by_id(z1.cpu(), z2.cpu(), ids, scale)
+    with contextlib.nullcontext() if are_read else unreadable_ids():
+        loss = equivariance_loss(z1, z2, chunks=torch.tensor(ids, device=device), scale=scale)
     assert_close(loss, expected, 1e-12)
+    if 9 in ids:  # alone: it may contain anything
+        z1[ids.index(9)] = torch.nan
+        z1.requires_grad_()
+        with contextlib.nullcontext() if are_read else unreadable_ids():
+            loss = equivariance_loss(z1, z2, chunks=torch.tensor(ids, device=device), scale=scale)
+        assert_close(loss.detach(), expected, 1e-12)
+        assert torch.autograd.grad(loss, z1)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
@@ -123,11 +134,38 @@ def test_ids_may_have_any_integer_dtype(dtype, device):
     )
 
 
-def test_a_batch_in_which_every_row_is_alone_has_loss_and_gradient_zero(device):
-    z1, z2 = torch.randn(2, 6, 4, device=device, requires_grad=True).unbind()
-    loss = equivariance_loss(z1, z2, chunks=torch.arange(6, device=device))
-    assert loss == 0
-    assert not torch.cat(torch.autograd.grad(loss, (z1, z2))).any()
+def test_ids_that_are_all_unique_are_an_error_or_give_nan(device):
+    z1, z2 = torch.randn(2, 6, 4, device=device)
+    with pytest.raises(ValueError, match="not the index of the sample"):
+        equivariance_loss(z1, z2, chunks=torch.arange(6))
+    with unreadable_ids():
+        assert equivariance_loss(z1, z2, chunks=torch.arange(6, device=device)).isnan()
+
+
+def test_ids_on_the_cpu_serve_embeddings_anywhere(device):
+    z1, z2 = torch.randn(2, 11, 4, device=device)
+    found = equivariance_loss(z1, z2, chunks=IDS)
+    with unreadable_ids():
+        torch.testing.assert_close(found, equivariance_loss(z1, z2, chunks=IDS.to(device)))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_ids_cost_the_products_within_chunks_only(shuffled):
+    # 64 rows in chunks of 4 need 2 x 16 products of 4 x 4, not one of 64 x 64.
+    ids = torch.arange(64) // 4
+    ids = ids[torch.randperm(64)] if shuffled else ids
+    sizes = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "mm" in function.__name__:
+                sizes.append(result.numel())
+            return result
+
+    with Products():
+        equivariance_loss(*torch.randn(2, 64, 8), chunks=ids)
+    assert sizes == [16 * 4 * 4] * 2
 
 
 @pytest.mark.parametrize(("n", "chunks"), [(13, 8), (3, 2), (2, 100)])
@@ -168,11 +206,26 @@ def test_alignment_is_wang_and_isolas(alpha, device):
 
 IDS = torch.tensor([0, 1, 0, 2, 1, 1, 3, 3, 0, 2, 4])
 QUEUE = torch.eye(5)[:3]
+
+
+@contextlib.contextmanager
+def unreadable_ids():
+    """Ids cannot be read, as under vmap, or must not be, as on a GPU."""
+    with unittest.mock.patch("care_loss._chunks.read", side_effect=RuntimeError):
+        yield
+
+
+def by_ids_unread(z1, z2):
+    with unreadable_ids():
+        return equivariance_loss(z1, z2, chunks=IDS.to(z1.device))
+
+
 LOSSES = {
     "info_nce": info_nce_loss,
     "info_nce with a queue": lambda z1, z2: info_nce_loss(z1, z2, negatives=QUEUE.to(z1.device)),
     "equivariance": lambda z1, z2: equivariance_loss(z1, z2, chunks=3),
-    "equivariance by ids": lambda z1, z2: equivariance_loss(z1, z2, chunks=IDS.to(z1.device)),
+    "equivariance by ids": lambda z1, z2: equivariance_loss(z1, z2, chunks=IDS),
+    "equivariance by ids, not read": by_ids_unread,
     "uniformity": lambda z1, z2: uniformity_loss(z1) + uniformity_loss(z2),
     "alignment": alignment_loss,
     "alignment, alpha 1": lambda z1, z2: alignment_loss(z1, z2, alpha=1),
@@ -320,7 +373,7 @@ def test_very_long_and_very_short_rows_are_handled(loss, size, device):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_infinity_give_nan(loss, bad, device):
     z1, z2 = torch.randn(2, 11, 5, device=device)
-    for rows, row in ((z1, 0), (z2, 10)):  # the last row is alone with its id
+    for rows, row in ((z1, 0), (z2, 9)):
         good = rows[row, 0].clone()
         rows[row, 0] = bad
         assert loss(z1, z2).isnan()
@@ -370,7 +423,8 @@ def test_synchronising_operations_are_seen(device):
 def test_no_operation_waits_for_the_device(loss, device):
     names = operations(loss, 11, 5, device=device)
     assert len(names) > 10
-    assert not SYNCHRONISING & set(names)
+    if loss is not LOSSES["equivariance by ids"]:  # which are read, on the CPU
+        assert not SYNCHRONISING & set(names)
 
 
 def test_the_number_of_operations_does_not_grow_with_chunks_or_rows(device):

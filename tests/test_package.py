@@ -108,12 +108,14 @@ def lines_of_code(source):
 
 
 LINES_OF_CODE = {  # at most; what has no entry may have 30
-    "_checks": 350,
-    "functional": 120,
-    "modules": 130,
+    "_checks": 450,
+    "_chunks": 45,
+    "distributed": 40,
+    "functional": 125,
+    "modules": 140,
     "rotation": 280,
     "sphere": 200,
-    "views": 110,
+    "views": 130,
 }
 
 
