@@ -133,7 +133,7 @@ def number(name: str, value: Any, *, or_zero: bool = False) -> float:
             f"`{name}` must be a finite number {'>=' if or_zero else '>'} 0, got {_kind(value)}: "
             "pass a number in that range."
         )
-    return value if isinstance(value, (int, float)) else float(value)
+    return value if type(value) in (int, float) else float(value)
 
 
 def boolean(name: str, value: Any) -> None:

@@ -28,10 +28,10 @@ def dtype(request):
 
 
 @pytest.fixture(scope="session")
-def lightly_loss():
-    """The module lightly.loss."""
-    if importlib.util.find_spec("lightly") is None:
-        pytest.skip("lightly is not installed")
+def torchvision():
+    """The module torchvision, with its transforms."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -41,6 +41,15 @@ def lightly_loss():
         operators = torch.library.Library("torchvision", "DEF")
         operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    importlib.import_module("torchvision.transforms.v2")
+    return importlib.import_module("torchvision")
+
+
+@pytest.fixture(scope="session")
+def lightly_loss(torchvision):
+    """The module lightly.loss."""
+    if importlib.util.find_spec("lightly") is None:
+        pytest.skip("lightly is not installed")
     return importlib.import_module("lightly.loss")
 
 

@@ -42,16 +42,33 @@ def process(rank, init_method):
             torch.testing.assert_close(part.grad, 2 * own.expand_as(part))  # from both members
 
         everything = z.flatten(1, 2).requires_grad_()
-        expected = info_nce_loss(*everything)
-        expected.backward()
+        expected_loss = info_nce_loss(*everything)
+        expected_loss.backward()
         expected_grad = everything.grad.unflatten(1, (WORLD, ROWS))[:, rank]
 
         mine = z[:, rank].clone().requires_grad_()
         loss = InfoNCELoss(gather_distributed=True)(*mine)
         loss.backward()
-        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(loss, expected_loss)
         # DDP divides what the processes computed by their number.
         torch.testing.assert_close(mine.grad / WORLD, expected_grad, rtol=1e-12, atol=1e-15)
+
+        # So it is with second derivatives, here a product of the Hessian with a vector.
+        v = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).reshape_as(z)
+        everything = z.flatten(1, 2).requires_grad_()
+        (grad,) = torch.autograd.grad(info_nce_loss(*everything), everything, create_graph=True)
+        (expected,) = torch.autograd.grad((grad * v.flatten(1, 2)).sum(), everything)
+        mine = z[:, rank].clone().requires_grad_()
+        second = InfoNCELoss(gather_distributed=True)(*mine)
+        (grad,) = torch.autograd.grad(second, mine, create_graph=True)
+        (product,) = torch.autograd.grad((grad / WORLD * v[:, rank]).sum(), mine)
+        expected = expected.unflatten(1, (WORLD, ROWS))[:, rank]
+        torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-13)
+
+        # One row per process is enough where others have more.
+        one = z[:, rank, :1].clone().requires_grad_()
+        expected = info_nce_loss(*z[:, :, 0])
+        torch.testing.assert_close(InfoNCELoss(gather_distributed=True)(*one), expected)
 
         # Without gathering each process contrasts its own rows, initialised or not.
         alone = InfoNCELoss()(*z[:, rank])
@@ -62,7 +79,7 @@ def process(rank, init_method):
         care = [CAREloss(chunks=2, shared_views=True, gather_distributed=g) for g in (True, False)]
         parts = [module.forward_components(*z[:, rank]) for module in care]
         torch.testing.assert_close(parts[0].equivariance, parts[1].equivariance)
-        torch.testing.assert_close(parts[0].base, expected)
+        torch.testing.assert_close(parts[0].base, expected_loss)
     finally:
         dist.destroy_process_group()
 
