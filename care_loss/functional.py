@@ -10,7 +10,6 @@ the equivariance and uniformity losses, which could not bear that, are computed 
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
@@ -18,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
-from care_loss.sphere import _computed_in, _exact, normalize
+from care_loss._numerics import computed_in, exact, without_autocast
+from care_loss.sphere import normalize
 
 Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
@@ -77,7 +77,7 @@ def info_nce_loss(
     if negatives is not None:
         _checks.queue(negatives, z1)
     u, v = _unit_rows(z1), _unit_rows(z2)
-    with _without_autocast(z1):
+    with without_autocast(z1):
         scaled = u / temperature
         positive = (scaled * v).sum(-1)
         if negatives is not None:
@@ -165,7 +165,7 @@ def equivariance_loss(
         u, v = (_chunks.split(_exact_unit_rows(z), runs) for z in (z1, z2))
         gaps = [_gap_of_chunks(p, q, scale) for p, q in zip(u, v, strict=True)]
         loss = torch.cat(gaps, -1)
-    loss = loss.to(_computed_in(z1))
+    loss = loss.to(computed_in(z1))
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -199,13 +199,13 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
     t = _checks.number("t", t)
     u = _exact_unit_rows(z)
     n = z.shape[-2]
-    with _without_autocast(z):
+    with without_autocast(z):
         squared_norm = u.square().sum(-1, keepdim=True)  # 1, or 0 for a zero row
         squared_distance = squared_norm + squared_norm.mT - 2 * u @ u.mT
         own = torch.eye(n, dtype=torch.bool, device=z.device)
         exponents = (-t * squared_distance).masked_fill(own, -torch.inf)
         loss = exponents.logsumexp((-2, -1)) - math.log(n * (n - 1))
-    return loss.mean().to(_computed_in(z))
+    return loss.mean().to(computed_in(z))
 
 
 def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -243,24 +243,16 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
         # coincide go around it.
         coincide = distance == 0
         distance = distance.masked_fill(coincide, 1).pow(alpha / 2).masked_fill(coincide, 0)
-    return distance.mean().to(_computed_in(z1))
-
-
-def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
-    """Compute as the code says; on some devices, such as meta, there is no autocast at all."""
-    device = z.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return distance.mean().to(computed_in(z1))
 
 
 def _unit_rows(z: Tensor) -> Tensor:
-    return normalize(z.to(_computed_in(z)))
+    return normalize(z.to(computed_in(z)))
 
 
 def _exact_unit_rows(z: Tensor) -> Tensor:
     """Return unit rows in float64, for small differences of products that are near 1."""
-    return normalize(_exact(z))
+    return normalize(exact(z))
 
 
 def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:
@@ -284,7 +276,7 @@ def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
 
 def _squared_gap(u: Tensor, v: Tensor) -> Tensor:
     """Square the differences of Gram matrices above the diagonal, `(*, n, D)` -> `(*, n, n)`."""
-    with _without_autocast(u):
+    with without_autocast(u):
         return (u @ u.mT - v @ v.mT).triu(1).square()
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
-from care_loss.sphere import _computed_in, _exact, _function, _normal
+from care_loss._numerics import computed_in, exact, function, normal
 
 
 class RotationFit(NamedTuple):
@@ -97,17 +97,17 @@ def fit_rotation(
         1966. Kabsch, A solution for the best rotation to relate two sets of vectors, 1976.
     """
     _checks.rows_to_fit(source, target, weights)
-    x, y = _exact(source), _exact(target)
+    x, y = exact(source), exact(target)
     if weights is None:
         w = x.new_ones(x.shape[-2])
     else:
-        w = _exact(weights)
+        w = exact(weights)
         x, y = (z.masked_fill((w == 0).unsqueeze(-1), 0) for z in (x, y))
         w = torch.where(w < 0, torch.nan, w)
     equal = (x - y).detach().abs().amax((-2, -1), keepdim=True) == 0
     a, b, unit = _balanced(x, y, w)
     n, d = source.shape[-2:]
-    dtype, gap_dtype = source.dtype, _computed_in(source)
+    dtype, gap_dtype = source.dtype, computed_in(source)
     eps = torch.finfo(gap_dtype).eps
     x = x.detach() / unit
     if n <= d - 2:
@@ -173,9 +173,9 @@ def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
         Higham, Computing the polar decomposition, SIAM J. Sci. Stat. Comput., 1986.
     """
     _checks.square(matrix=matrix)
-    x = _exact(matrix)
+    x = exact(matrix)
     x = x / _or_1(x.detach().abs().amax((-2, -1), keepdim=True))
-    eps = torch.finfo(_computed_in(matrix)).eps
+    eps = torch.finfo(computed_in(matrix)).eps
     zero = min(8, x.shape[-1]) * eps
     return _polar(x, special=special, full=True, zero=zero, tie=8 * eps)[0].to(matrix.dtype)
 
@@ -216,7 +216,7 @@ def random_orthogonal(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     _checks.sample(dim, batch_shape, generator, dtype)
     q: Tensor
-    q, r = torch.linalg.qr(_normal((*batch_shape, dim, dim), generator, device))
+    q, r = torch.linalg.qr(normal((*batch_shape, dim, dim), generator, device))
     # R with a positive diagonal makes Q unique, and so as uniform as the Gaussian matrix.
     q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
     if special:
@@ -287,7 +287,7 @@ def rotation_distance(rotation1: Tensor, rotation2: Tensor) -> Tensor:
 
 def _orthogonal_or_nan(rotation: Tensor) -> Tensor:
     """Return matrices in float64, NaN where they are far from orthogonal."""
-    r = _exact(rotation.detach())
+    r = exact(rotation.detach())
     deviation = r.mT @ r - torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     near = deviation.abs().amax((-2, -1), keepdim=True) <= 0.05
     return r.masked_fill(~near, torch.nan)
@@ -416,8 +416,8 @@ def _polar(
         factor has a derivative.
     """
     noise = _noise(x, max(rows, *x.shape[-2:]))
-    function = _function(_Polar, _ForwardPolar)
-    return function.apply(x, special, full, zero, max(tie, noise), floor, noise)  # type: ignore[no-any-return]
+    polar = function(_Polar, _ForwardPolar)
+    return polar.apply(x, special, full, zero, max(tie, noise), floor, noise)  # type: ignore[no-any-return]
 
 
 def _noise(x: Tensor, size: int) -> float:
@@ -547,7 +547,7 @@ class _Polar(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, *settings: Any) -> Any:
         x = x.movedim(in_dims[0], 0)
-        return _function(_Polar, _ForwardPolar).apply(x, *settings), (0, 0, 0)
+        return function(_Polar, _ForwardPolar).apply(x, *settings), (0, 0, 0)
 
 
 class _ForwardPolar(_Polar):
@@ -558,7 +558,7 @@ class _ForwardPolar(_Polar):
 
 
 def _solve(h: Tensor, k: Tensor, basis: Tensor, inverse: Tensor) -> Tensor:
-    return _function(_Solve, _ForwardSolve).apply(h, k, basis, inverse)  # type: ignore[no-any-return]
+    return function(_Solve, _ForwardSolve).apply(h, k, basis, inverse)  # type: ignore[no-any-return]
 
 
 class _Solve(Function):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
+from care_loss._numerics import computed_in, exact, function, normal
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def normalize(x: Tensor) -> Tensor:
                 [0.6000, 0.8000]])
     """
     _checks.vectors(x=x)
-    y = x.to(_computed_in(x))
+    y = x.to(computed_in(x))
     # x/‖x‖ does not change when x is divided by a constant, and the largest entry may be treated
     # as one: it brings every sum of squares into [1, D]. Dividing a zero row by infinity makes both
     # the row and its gradient exactly 0.
@@ -96,12 +97,12 @@ def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
     """
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
-    dtype = _computed_in(x)
-    function = _function(_Angle, _ForwardAngle)
+    dtype = computed_in(x)
+    angle_of = function(_Angle, _ForwardAngle)
     start, end = x.to(dtype), y.to(dtype)
     if start.shape != end.shape:
         start, end = torch.broadcast_tensors(start, end)
-    angle: Tensor = function.apply(start, end)
+    angle: Tensor = angle_of.apply(start, end)
     return (angle.unsqueeze(-1) if keepdim else angle).to(x.dtype)
 
 
@@ -134,7 +135,7 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
     _checks.position("t", t, x, y)
-    dtype = _computed_in(x)
+    dtype = computed_in(x)
     middle, across, squared_half = _path(x.to(dtype), y.to(dtype))
     s = t.to(dtype).unsqueeze(-1) if isinstance(t, Tensor) else t
     # Along the circle through both points, measured from the middle of the path.
@@ -166,7 +167,7 @@ def expmap(x: Tensor, v: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, v=v)
     _checks.unit(x=x)
-    dtype = _computed_in(x)
+    dtype = computed_in(x)
     step = v.to(dtype)
     cos, sinc = _cos_and_sinc(step.square().sum(-1, keepdim=True))
     return (cos * x.to(dtype) + sinc * step).to(x.dtype)
@@ -192,7 +193,7 @@ def logmap(x: Tensor, y: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
-    dtype = _computed_in(x)
+    dtype = computed_in(x)
     middle, across, squared_half = _path(x.to(dtype), y.to(dtype))
     cos, sinc = _cos_and_sinc(squared_half)
     return (2 * squared_half * sinc * middle - cos / sinc * across).to(x.dtype)
@@ -219,7 +220,7 @@ def tangent_projection(x: Tensor, v: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, v=v)
     _checks.unit(x=x)
-    return _without(x.to(_computed_in(x)), v.to(_computed_in(x))).to(x.dtype)
+    return _without(x.to(computed_in(x)), v.to(computed_in(x))).to(x.dtype)
 
 
 def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, y=y, v=v)
     _checks.unit(x=x, y=y)
-    dtype = _computed_in(x)
+    dtype = computed_in(x)
     middle, _, _ = _path(x.to(dtype), y.to(dtype))
     return _without(middle, v.to(dtype), times=2).to(x.dtype)
 
@@ -288,11 +289,11 @@ def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         interpolation, ACM Transactions on Graphics, 2001.
     """
     _checks.points_to_average(x, weights)
-    points = _exact(x.detach())
+    points = exact(x.detach())
     if weights is None:
         w = points.new_ones(points.shape[-2])
     else:
-        w = _exact(weights.detach())
+        w = exact(weights.detach())
         points = points.masked_fill((w == 0).unsqueeze(-1), 0)
         w = torch.where(w < 0, torch.nan, w)
     w = (w / w.amax(-1, keepdim=True)).unsqueeze(-2)  # so that their sum does not overflow
@@ -346,7 +347,7 @@ def random_uniform(
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     _checks.sample(dim, batch_shape, generator, dtype)
-    return normalize(_normal((*batch_shape, dim), generator, device)).to(dtype)
+    return normalize(normal((*batch_shape, dim), generator, device)).to(dtype)
 
 
 _STEPS = 32
@@ -470,32 +471,3 @@ def _area(short: Tensor, long: Tensor, along: Tensor) -> Tensor:
     """Return the area that two vectors span, from their lengths and their inner product."""
     along = along / long.masked_fill(long == 0, 1)
     return long * ((short - along) * (short + along)).clamp_min(0).sqrt()
-
-
-def _normal(
-    shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str | None
-) -> Tensor:
-    """Draw from the normal distribution, in the dtype of :func:`_exact`."""
-    dtype = _exact(torch.empty(0, device=device)).dtype
-    if generator is None:  # torch.compile takes dynamic shapes only where no generator is named
-        return torch.randn(shape, dtype=dtype, device=device)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
-
-
-def _function(plain: type[Function], with_forward_mode: type[Function]) -> Any:
-    """Choose the Function: torch.compile does not trace those that have a forward mode."""
-    return plain if torch.compiler.is_compiling() else with_forward_mode
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: float32 for half types, else that of `x`."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _exact(x: Tensor) -> Tensor:
-    """Return `x` in float64, or in float32 on Apple's GPUs, which have no float64.
-
-    Products in float32 may be rounded further without our asking: to TF32 on CUDA, to 16 bits in a
-    backward under autocast.
-    """
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

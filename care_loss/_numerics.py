@@ -1,0 +1,46 @@
+"""The precision to compute in, and how to keep PyTorch from changing it."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float32 for half types, else that of `x`."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def exact(x: Tensor) -> Tensor:
+    """Return `x` in float64, or in float32 on Apple's GPUs, which have no float64.
+
+    Products in float32 may be rounded further without our asking: to TF32 on CUDA, to 16 bits in a
+    backward under autocast.
+    """
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def without_autocast(z: Tensor) -> AbstractContextManager[object]:
+    """Compute as the code says; on some devices, such as meta, there is no autocast at all."""
+    device = z.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def normal(
+    shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """Draw from the normal distribution, in the dtype of :func:`exact`."""
+    dtype = exact(torch.empty(0, device=device)).dtype
+    if generator is None:  # torch.compile takes dynamic shapes only where no generator is named
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+
+def function(plain: type[Function], with_forward_mode: type[Function]) -> Any:
+    """Choose the Function: torch.compile does not trace those that have a forward mode."""
+    return plain if torch.compiler.is_compiling() else with_forward_mode
