@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from losses import IDS, LOSSES, PLAIN, by_ids
 from strategies import orthogonal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -204,10 +205,6 @@ def test_alignment_is_wang_and_isolas(alpha, device):
         assert_close(alignment_loss(z1, z2, alpha=alpha), expected, 1e-12)
 
 
-IDS = torch.tensor([0, 1, 0, 2, 1, 1, 3, 3, 0, 2, 4])
-QUEUE = torch.eye(5)[:3]
-
-
 @contextlib.contextmanager
 def unreadable_ids():
     """Ids cannot be read, as under vmap, or must not be, as on a GPU."""
@@ -217,20 +214,11 @@ def unreadable_ids():
 
 def by_ids_unread(z1, z2):
     with unreadable_ids():
-        return equivariance_loss(z1, z2, chunks=IDS.to(z1.device))
+        return by_ids(z1, z2)
 
 
-LOSSES = {
-    "info_nce": info_nce_loss,
-    "info_nce with a queue": lambda z1, z2: info_nce_loss(z1, z2, negatives=QUEUE.to(z1.device)),
-    "equivariance": lambda z1, z2: equivariance_loss(z1, z2, chunks=3),
-    "equivariance by ids": lambda z1, z2: equivariance_loss(z1, z2, chunks=IDS),
-    "equivariance by ids, not read": by_ids_unread,
-    "uniformity": lambda z1, z2: uniformity_loss(z1) + uniformity_loss(z2),
-    "alignment": alignment_loss,
-    "alignment, alpha 1": lambda z1, z2: alignment_loss(z1, z2, alpha=1),
-}
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+ALL = LOSSES | {"equivariance by ids, not read": by_ids_unread}
+every_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
 
 
 @every_loss
@@ -423,7 +411,7 @@ def test_synchronising_operations_are_seen(device):
 def test_no_operation_waits_for_the_device(loss, device):
     names = operations(loss, 11, 5, device=device)
     assert len(names) > 10
-    if loss is not LOSSES["equivariance by ids"]:  # which are read, on the CPU
+    if loss is not by_ids:  # which are read, on the CPU
         assert not SYNCHRONISING & set(names)
 
 
@@ -437,3 +425,61 @@ def test_the_number_of_operations_does_not_grow_with_chunks_or_rows(device):
     assert count(8, 2) == count(256, 2) == count(256, 64)
     ragged = count(250, 64)  # chunks of two sizes
     assert ragged == count(250, 8) < 2 * count(256, 64)
+
+
+@pytest.mark.parametrize(("plain", "loss"), PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", [1.0, 1e-2])
+def test_errors_are_at_most_twice_those_of_the_formula_in_float32(
+    plain, loss, dtype, noise, device
+):
+    eps = torch.finfo(torch.float32).eps
+    for n, d in ((16, 8), (64, 128), (256, 32)):
+        z = torch.randn(n, d, device=device)
+        z1, z2 = z.to(dtype), (z + noise * torch.randn_like(z)).to(dtype)
+        results = []
+        for function, precision in (
+            (plain, torch.float64),
+            (plain, torch.float32),
+            (loss, dtype),
+        ):
+            leaves = [x.to(precision).requires_grad_() for x in (z1, z2)]
+            value = function(*leaves)
+            results.append([value, *torch.autograd.grad(value, leaves)])
+        for exact, theirs, ours in zip(*results, strict=True):
+            size = exact.norm()
+            error, bound = ((x.double() - exact).norm() for x in (ours, theirs))
+            # What rounding the result itself, a gradient in the dtype of the rows, makes of it.
+            limits = torch.finfo(ours.dtype)
+            subnormal = limits.smallest_normal * limits.eps * math.sqrt(ours.numel())
+            rounding = limits.eps * size + subnormal if ours.ndim else eps * size
+            assert error <= 2 * bound + rounding
+
+
+def test_nearly_equal_rows_have_accurate_distances_and_gradients(device):
+    z1 = torch.randn(64, 128, device=device)
+    z2 = z1 + 1e-7 * torch.randn_like(z1)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [z.to(dtype).requires_grad_() for z in (z1, z2)]
+        value = alignment_loss(*leaves, alpha=1)
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for found, expected in zip(*results, strict=True):
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < 1e-6
+
+
+@every_loss
+def test_no_batch_at_all_has_the_mean_of_nothing(loss, device):
+    z1, z2 = torch.randn(2, 0, 11, 5, device=device)
+    assert loss(z1, z2).isnan()
+    assert info_nce_loss(z1, z2, reduction="none").shape == (0, 2, 11)
+    assert equivariance_loss(z1, z2, chunks=3, reduction="none").shape == (0, 3)
+
+
+@every_loss
+def test_meta_tensors_have_the_shape_of_the_loss(loss):
+    z1, z2 = torch.randn(2, 11, 5, device="meta", requires_grad=True)
+    value = loss(z1, z2)
+    assert value.shape == ()
+    value.backward()

@@ -4,14 +4,12 @@ import shutil
 
 import pytest
 import torch
+from losses import IDS, LOSSES
 from torch.func import functional_call, grad, jacrev, vmap
 
 from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
 from care_loss.functional import (
-    alignment_loss,
-    equivariance_loss,
     info_nce_loss,
-    uniformity_loss,
 )
 
 BACKENDS = [
@@ -23,17 +21,8 @@ BACKENDS = [
         ),
     ),
 ]
-IDS = torch.tensor([0, 1, 0, 2, 1, 1, 3, 3, 0, 2, 4])
-LOSSES = {
-    "info_nce": info_nce_loss,
-    "queue": lambda z1, z2: info_nce_loss(z1, z2, temperature=0.2, negatives=z2.detach()),
-    "equivariance": lambda z1, z2: equivariance_loss(z1, z2, chunks=3),
-    "ids": lambda z1, z2: equivariance_loss(z1, z2, chunks=IDS.to(z1.device), scale="authors"),
-    "uniformity": lambda z1, z2: uniformity_loss(z1) + uniformity_loss(z2),
-    "alignment": alignment_loss,
-    "CAREloss": lambda z1, z2: CAREloss(chunks=4, shared_views=True)(z1, z2),
-}
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+ALL = LOSSES | {"CAREloss": CAREloss(chunks=4, shared_views=True).forward}
+every_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
 
 
 @pytest.fixture(autouse=True)
