@@ -40,6 +40,7 @@ test-wheel: wheel
 
 bench: $(VENV)/.bench  ## the losses, rotations, the sphere, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/care.py $(ARGS)
+	$(RUN) benchmarks/chunks.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/procrustes_gradients.py
 	$(RUN) benchmarks/sphere.py $(ARGS)

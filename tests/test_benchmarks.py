@@ -53,3 +53,12 @@ def test_the_sphere_keeps_its_bounds_beside_its_rivals(tmp_path):
     itself = found["distance of a point to itself", "float32", "0"]
     assert float(itself["care_loss"]) == 0
     assert float(itself["acos, clamped"]) > 1e-4
+
+
+def test_ways_to_give_chunks_are_timed(tmp_path):
+    path = tmp_path / "chunks.csv"
+    run("chunks.py", "--quick", "--csv", str(path))
+    with path.open(newline="") as file:
+        ratios = {row["given as"]: float(row["ratio"]) for row in csv.DictReader(file)}
+    assert ratios["a number"] == 1
+    assert len(ratios) == 5
