@@ -1,35 +1,44 @@
 # Needs Python >= 3.10, git and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV = .venv
+# Which versions to install; constraints-oldest.txt names the oldest that are supported.
+CONSTRAINTS ?= constraints.txt
 RUN = $(VENV)/bin/python
 # Threads that wait give up their core: where cores are shared, spinning costs twice the time.
 export OMP_WAIT_POLICY ?= passive
-INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-deep test-wheel lint wheel bench clean
+.PHONY: help demo test test-deep test-wheel format lint wheel bench clean
 .NOTPARALLEL:
+
+help:  ## print the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.examples  ## train four arms on photographs and print the table
 	$(RUN) docs/examples/photos.py $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part of them
 	$(RUN) -m pytest $(ARGS)
 
 test-deep: $(VENV)/.test  ## many more examples for every theorem
 	$(RUN) -m pytest tests/test_theorems.py tests/test_rotation.py tests/test_sphere.py --hypothesis-profile=deep $(ARGS)
 
-lint: $(VENV)/.lint
+format: $(VENV)/.lint  ## format the code and sort imports
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+lint: $(VENV)/.lint  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-wheel: $(RUN)
+wheel: $(RUN)  ## build the wheel into dist/
 	rm -rf dist
 	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests that know nothing of the checkout, against the wheel in an environment of its own.
 WHEEL_TESTS = functional theorems modules recipes views errors sphere rotation distributed
-test-wheel: wheel
+test-wheel: wheel  ## test the wheel in an environment of its own
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -r tests pyproject.toml build/wheel
 	$(PYTHON) -m venv build/wheel/venv
@@ -45,11 +54,11 @@ bench: $(VENV)/.bench  ## the losses, rotations, the sphere, and where others fa
 	$(RUN) benchmarks/procrustes_gradients.py
 	$(RUN) benchmarks/sphere.py $(ARGS)
 
-clean:
+clean:  ## remove everything that these commands have made
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # One environment; each command adds the extra of pyproject.toml that it needs, once.
-$(VENV)/.%: $(RUN) pyproject.toml constraints.txt
+$(VENV)/.%: $(RUN) pyproject.toml $(CONSTRAINTS)
 	$(RUN) $(INSTALL) --editable ".[$*]"
 	touch $@
 

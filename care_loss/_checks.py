@@ -65,10 +65,11 @@ def chunks(value: Any, n: int, device: torch.device) -> int | Tensor:
 
 def chunk_count(value: Any) -> int:
     """Require a number of chunks, and return it as an int."""
-    if isinstance(value, (list, tuple)) or (hasattr(value, "__array__") and not _is_int(value)):
+    array = hasattr(value, "__array__") and not isinstance(value, Tensor) and not _is_int(value)
+    if array or isinstance(value, (list, tuple)):
         raise TypeError(
             f"`chunks` given as ids must be a torch.Tensor, got {_kind(value)}: convert the ids "
-            "with torch.as_tensor()."
+            "with torch.as_tensor(), and pass them in the call, with their batch."
         )
     if not _is_int(value) or value < 1:
         raise ValueError(
@@ -131,18 +132,19 @@ def number(name: str, value: Any, *, or_zero: bool = False) -> float:
     if not _is_real(value) or not (0 < value < math.inf or (or_zero and value == 0)):
         raise ValueError(
             f"`{name}` must be a finite number {'>=' if or_zero else '>'} 0, got {_kind(value)}: "
-            "pass a number in that range."
+            "pass a Python number in that range."
         )
-    return value if type(value) in (int, float) else float(value)
+    return value if type(value) is float else float(value)
 
 
-def boolean(name: str, value: Any) -> None:
-    """Require True or False."""
-    if not isinstance(value, bool):
+def boolean(name: str, value: Any) -> bool:
+    """Require True or False, and return it as a Python bool."""
+    if type(value).__name__ not in ("bool", "bool_"):  # of Python or of NumPy
         raise TypeError(
             f"`{name}` must be True or False, got {_kind(value)}: pass a bool, in a YAML file true "
             "or false without quotes."
         )
+    return bool(value)
 
 
 def base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool) -> None:
@@ -150,9 +152,10 @@ def base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool
     if value is None:
         return
     if not callable(value) or isinstance(value, type):
+        kind = f"the class {value.__name__}" if isinstance(value, type) else _kind(value)
         raise TypeError(
             "`base_loss` must be an instance of a loss module or another callable (z1, z2) -> "
-            f"scalar, got {_kind(value)}: create the module first, as in base_loss=Loss()."
+            f"scalar, got {kind}: create the module first, as in base_loss=Loss()."
         )
     if gather_distributed:
         raise ValueError(
@@ -161,8 +164,9 @@ def base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool
         )
     if not temperature_is_default:
         raise ValueError(
-            "`temperature` must be left out when `base_loss` is given, got both: it applies to "
-            "InfoNCE, which `base_loss` replaces. Give the temperature to the base loss."
+            "`temperature` must be left out when `base_loss` is given, got one that is not the "
+            "default: it applies to InfoNCE, which `base_loss` replaces. Give the temperature to "
+            "the base loss."
         )
 
 
@@ -178,8 +182,8 @@ def scalar(value: Any) -> Tensor:
 
 def equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
     """Require both equivariant views, or neither where the ordinary views are chunk-shared."""
-    ids = isinstance(first, Tensor) and not first.is_floating_point() and not first.is_complex()
-    if second is None and (ids or _is_int(first)):
+    is_view = isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex())
+    if first is not None and second is None and not is_view:
         raise TypeError(
             f"`chunks` must be passed by keyword, got {_kind(first)} as third positional argument: "
             "write loss(z1, z2, chunks=chunks)."
@@ -193,10 +197,9 @@ def equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
     if first is None and not shared_views:
         raise ValueError(
             "`equivariant1` and `equivariant2` must be given unless shared_views=True, got only "
-            "`z1` and `z2`: on views that were augmented one sample at a time the equivariance "
-            "loss has no effect that a control without sharing would not have. Pass two views "
-            "whose augmentation is shared by each chunk, or set shared_views=True if `z1` and `z2` "
-            "are such views."
+            "`z1` and `z2`: if every sample has an augmentation of its own, no rotation relates "
+            "the views. Pass two views whose augmentation is shared by each chunk, or set "
+            "shared_views=True if `z1` and `z2` are such views."
         )
     if first is not None and shared_views:
         raise ValueError(
@@ -278,15 +281,17 @@ def same_draws(same: bool, first: Any, other: Any) -> None:
         raise ValueError(
             "`transform` must draw the same random numbers for all images of a chunk, got "
             f"different states of the random generators after images of size {_size(first)} and "
-            f"{_size(other)}: what it drew last was not shared. Bring the images to one size "
-            "first, for example with Resize and CenterCrop in the dataset's transform."
+            f"{_size(other)}: what it drew last was not shared. Bring the images to one size and "
+            "mode first, for example with Resize and CenterCrop in the dataset's transform."
         )
 
 
-def image_tensors(images: list[Any]) -> None:
-    """Require tensors, as transforms of stacked images take them."""
+def images_to_try(images: list[Any], batched: bool) -> None:
+    """Require images, and tensors for transforms that take stacked images."""
+    if not images:
+        raise ValueError("`image` must be an image or a list of images, got []: pass at least one.")
     for image in images:
-        if not isinstance(image, Tensor):
+        if batched and not isinstance(image, Tensor):
             raise TypeError(
                 f"`image` must be a torch.Tensor, got {_kind(image)}: convert it to a tensor, or "
                 "pass batched=False if the transform takes single images."
@@ -555,9 +560,10 @@ def _choice(name: str, value: Any, options: tuple[str, ...]) -> None:
 
 
 def _size(image: Any) -> Any:
-    """Return what an image calls its size: a tensor its shape, a PIL image (width, height)."""
+    """Return what an image calls its size: a tensor its shape, a PIL image width and height."""
     size = getattr(image, "shape", getattr(image, "size", "unknown"))
-    return tuple(size) if isinstance(size, torch.Size) else size
+    mode = getattr(image, "mode", "")  # of a PIL image
+    return f"{tuple(size) if isinstance(size, torch.Size) else size} {mode}".strip()
 
 
 def _kind(value: Any) -> str:

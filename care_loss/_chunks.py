@@ -7,7 +7,7 @@ from torch import Tensor
 def runs(chunks: int, n: int) -> list[tuple[int, int]]:
     """Cut `n >= 2` rows into contiguous chunks with the boundaries of `torch.tensor_split`.
 
-    Returns one or two pairs (how many chunks, of how many rows each), the longer chunks first.
+    Returns one or two pairs (k, n) for k chunks of n rows each, the longer chunks first.
     At most `n // 2` chunks are made, so that every chunk has two rows or more.
 
     >>> runs(3, 11), runs(8, 13)
@@ -21,12 +21,14 @@ def runs(chunks: int, n: int) -> list[tuple[int, int]]:
 def plan(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]] | None:
     """Return how to cut `n` rows into chunks: the order to bring them into, and the runs.
 
-    The order is None where the rows stay as they are. There is no plan for ids that cannot be read:
-    on a GPU that would make the host wait, and under `torch.compile` and `vmap` it is impossible.
+    The order is None where the rows stay as they are. There is no plan for ids that are not read:
+    on a GPU reading makes the host wait, under `vmap` it is impossible, and a tracer would take the
+    ids that it sees for constants.
     """
     if not isinstance(chunks, Tensor):
         return None, runs(chunks, n)
-    if chunks.device.type != "cpu" or torch.compiler.is_compiling():
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
+    if chunks.device.type != "cpu" or tracing:
         return None
     try:
         return read(chunks)

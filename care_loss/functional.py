@@ -1,12 +1,14 @@
 """The losses as formulas: pure functions of embeddings `(*, N, D)`.
 
 Rows are embeddings, and every function normalises them. Leading dimensions are free: each index of
-them is one batch, and `reduction="mean"` averages over them too. Half types are computed in float32
-at least and give a float32 loss; float64 is kept. Nothing here waits for a GPU.
+them is one batch, and `reduction="mean"` averages over them too (the mean over no batch at all is
+NaN, as everywhere in PyTorch). Half types are computed in float32 at least and give a float32 loss;
+float64 stays float64. No function makes the host wait for a GPU.
 
-Autocast is switched off around the products. A backward that runs under autocast all the same
-(inside its context, or compiled there) rounds the gradient of InfoNCE to 16 bits like all others;
-the equivariance and uniformity losses, which could not bear that, are computed in float64.
+Autocast is disabled around the matrix products of the forward. If the backward runs under autocast
+as well (inside its context, or compiled there), the gradient of InfoNCE is rounded to 16 bits like
+that of any other layer. The equivariance, uniformity and alignment losses would lose too much by
+this, and are computed in float64.
 """
 
 import math
@@ -41,8 +43,8 @@ def info_nce_loss(
         \ell_i = -\log \frac{e^{s_{i p(i)}}}{\sum_{j \ne i} e^{s_{ij}}}
                = \mathrm{softplus}\Bigl(\log \sum_{j \ne i, p(i)} e^{s_{ij}} - s_{i p(i)}\Bigr)
 
-    The second form is the one computed. It keeps the positive out of the sum, so nothing cancels
-    where the positives are near and the temperature is low.
+    The second form is the one computed. The positive is not part of the sum, so no digits cancel
+    when positives are close and the temperature is low.
 
     With `negatives` (the queue of MoCo) the anchors are the rows of `z1`, their positives the rows
     of `z2`, and the only negatives are the rows of the queue.
@@ -52,14 +54,14 @@ def info_nce_loss(
         z2: Embeddings of the second view, `(*, N, D)`.
         temperature: :math:`\tau > 0`, a number or a tensor `()`, which then gets a gradient.
         negatives: A queue of other embeddings in any floating point dtype, `(K, D)`.
-        reduction: `"mean"` for a scalar, `"none"` for a value an anchor.
+        reduction: `"mean"` for a scalar, `"none"` for one value per anchor.
 
     Returns:
-        The loss, >= 0: `()`; with `"none"` `(*, 2, N)`, row 0 the anchors of `z1`, or `(*, N)`
-        beside a queue. It is :math:`\log(2N - 1)` where all rows coincide.
+        The loss, >= 0: `()`; with `reduction="none"` `(*, 2, N)`, where row 0 has the anchors of
+        `z1`, or with a queue `(*, N)`. It is :math:`\log(2N - 1)` if all rows coincide.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> z = torch.eye(4)
@@ -113,14 +115,14 @@ def equivariance_loss(
     .. math::
         \frac{1}{n(n-1)} \sum_{i \ne j} \bigl( u_i^\top u_j - v_i^\top v_j \bigr)^2
 
-    It is 0 exactly when one orthogonal map takes every :math:`u_i` of the chunk to :math:`v_i`. A
-    Gram matrix sees no reflections, so the map may be one. The loss is the mean over chunks: long
-    and short chunks weigh the same.
+    It is 0 exactly when one orthogonal map takes every :math:`u_i` of the chunk to :math:`v_i`. The
+    map may be a reflection, which does not change a Gram matrix. The loss is the mean over chunks,
+    and long and short chunks have the same weight.
 
     Args:
         z1: Embeddings of the first view, `(*, N, D)` with `N >= 2`.
         z2: Embeddings of the second view, `(*, N, D)`.
-        chunks: How many contiguous chunks to cut the rows into, with the boundaries of
+        chunks: The number of contiguous chunks to cut the rows into, at the boundaries of
             `torch.tensor_split`; a batch too small for them gets `N // 2`. Or integer ids `(N,)`:
             rows with the same id form a chunk, and rows whose id is unique are ignored. Ids on the
             CPU are read, whatever the device of the embeddings, and cost little more than an int;
@@ -129,14 +131,14 @@ def equivariance_loss(
             occurs twice, the loss is NaN.
         scale: `"mean"` over the pairs, or `"authors"`, the published code's
             :math:`\frac{2}{n} \sum_{i \ne j}`, which is :math:`2(n-1)` times as much.
-        reduction: `"mean"` for a scalar, `"none"` for a value a chunk (not with ids).
+        reduction: `"mean"` for a scalar, `"none"` for one value per chunk (not with ids).
 
     Returns:
-        The loss, in [0, 4] for `scale="mean"` and [0, 8(n - 1)] for `"authors"`: `()`, or with
-        `"none"` `(*, chunks)`, `chunks` being at most `N // 2`.
+        The loss, in [0, 4] for `scale="mean"` and [0, 8(n - 1)] for `scale="authors"`: `()`, or
+        with `reduction="none"` `(*, chunks)`, at most `N // 2` of them.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -161,7 +163,7 @@ def equivariance_loss(
         order, runs = plan
         _checks.pairs(runs)
         if order is not None:
-            z1, z2 = (z.index_select(-2, order.to(z.device)) for z in (z1, z2))
+            z1, z2 = (z.index_select(-2, order.to(z.device, non_blocking=True)) for z in (z1, z2))
         u, v = (_chunks.split(_exact_unit_rows(z), runs) for z in (z1, z2))
         gaps = [_gap_of_chunks(p, q, scale) for p, q in zip(u, v, strict=True)]
         loss = torch.cat(gaps, -1)
@@ -174,8 +176,8 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
 
     .. math:: \log \frac{1}{N(N-1)} \sum_{i \ne j} e^{-t \lVert z_i - z_j \rVert^2}
 
-    At `t=0.5` it is :math:`L_{unif} - 1` of the CARE paper. Together with :func:`equivariance_loss`
-    it makes the paper's objective without an invariance term.
+    With `t=0.5` it is :math:`L_{unif} - 1` of the CARE paper. Together with
+    :func:`equivariance_loss` it is the paper's objective without an invariance term.
 
     Args:
         z: Embeddings, `(*, N, D)` with `N >= 2`.
@@ -185,7 +187,7 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
         The loss, in [-4t, 0], the mean over leading dimensions: `()`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> uniformity_loss(torch.eye(3))  # all at squared distance 2
@@ -213,8 +215,8 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
 
     .. math:: \frac{1}{N} \sum_i \lVert z_{1,i} - z_{2,i} \rVert^\alpha
 
-    At `alpha=1` it is :math:`L_{inv}` of the CARE paper, as printed there. Where two rows coincide
-    the gradient is 0, for every `alpha`.
+    With `alpha=1` it is :math:`L_{inv}` of the CARE paper, as printed there. If two rows coincide,
+    their gradient is 0 for every `alpha`.
 
     Args:
         z1: Embeddings of the first view, `(*, N, D)` with `N >= 2`.
@@ -225,7 +227,7 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
         The loss, in [0, 2**alpha], the mean over leading dimensions: `()`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described; no tensor values are read.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> alignment_loss(torch.eye(3), torch.eye(3).roll(1, 0))
@@ -262,7 +264,7 @@ def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:
 
 def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
     """Return the mean loss of the chunks that `ids` `(N,)` name without reading them: `(*)`."""
-    ids = ids.to(z1.device)
+    ids = ids.to(z1.device, non_blocking=True)
     together = ids.unsqueeze(-1) == ids
     n = together.sum(-1)  # for each row, the size of its chunk
     alone = (n == 1).unsqueeze(-1)

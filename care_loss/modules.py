@@ -1,7 +1,7 @@
-"""The losses as modules: functions with their arguments remembered.
+"""The losses as modules: they store the arguments of the functions.
 
-None of them has parameters or buffers, so `state_dict()` is empty and old checkpoints load. Every
-constructor takes plain numbers, strings and booleans, as configuration files have them.
+They have no parameters or buffers, so `state_dict()` is empty and old checkpoints load. The
+constructors take plain numbers, strings and booleans, which configuration files can contain.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,17 @@ _TEMPERATURE = 0.5
 
 
 class InfoNCELoss(nn.Module):
-    """Contrast two views: :func:`care_loss.functional.info_nce_loss` with its arguments remembered.
+    """Contrast two views, as :func:`care_loss.functional.info_nce_loss` does (InfoNCE, or NT-Xent).
+
+    It equals the `NTXentLoss` of lightly with the same temperature.
 
     Args:
-        temperature: The temperature, > 0. For a learned one call the function.
-        reduction: `"mean"`, or `"none"` for a value an anchor.
-        gather_distributed: Contrast with the rows of all processes, not only this one's. Each
-            process then returns the loss of the global batch, and the gradients that DDP averages
-            are those of one process with all rows. Every process must hold equally many rows.
+        temperature: The temperature, > 0. For a learned temperature, call the function.
+        reduction: `"mean"`, or `"none"` for one value per anchor.
+        gather_distributed: Contrast with the rows of all processes, not only with those of this
+            one. Each process then returns the loss of the global batch, and the gradients that DDP
+            averages are those of one process with all rows. All processes must have the same number
+            of rows; one row per process is enough.
 
     Example:
         >>> import torch
@@ -43,9 +46,8 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         self.temperature = _checks.number("temperature", temperature)
         _checks.reduction(reduction)
-        _checks.boolean("gather_distributed", gather_distributed)
         self.reduction: Reduction = reduction
-        self.gather_distributed = gather_distributed
+        self.gather_distributed = _checks.boolean("gather_distributed", gather_distributed)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Return the loss of two views `(N, D)`: `()`, or `(2, N)` with `reduction="none"`."""
@@ -56,13 +58,13 @@ class InfoNCELoss(nn.Module):
 
 
 class EquivarianceLoss(nn.Module):
-    """Compare Gram matrices: :func:`care_loss.functional.equivariance_loss`, arguments remembered.
+    """Compare Gram matrices, as :func:`care_loss.functional.equivariance_loss` does.
 
     Args:
-        chunks: How many contiguous chunks to cut a batch into, >= 1; a small batch gets `N // 2`
-            chunks.
+        chunks: The number of contiguous chunks to cut a batch into, >= 1, for calls without
+            `chunks`; a batch too small for them gets `N // 2`.
         scale: `"mean"` over pairs, in [0, 4], or `"authors"`, :math:`2(n-1)` times that.
-        reduction: `"mean"`, or `"none"` for a value a chunk.
+        reduction: `"mean"`, or `"none"` for one value per chunk.
 
     Example:
         >>> import torch
@@ -89,7 +91,8 @@ class EquivarianceLoss(nn.Module):
     def forward(self, z1: Tensor, z2: Tensor, *, chunks: int | Tensor | None = None) -> Tensor:
         """Return the loss of two chunk-shared views `(N, D)`.
 
-        `chunks`, an int or ids `(N,)`, replaces the constructor's for this batch.
+        `chunks`, an int or ids `(N,)`, takes the place of the constructor's for this batch: pass
+        what the views returned.
         """
         _checks.embeddings(leading=False, z1=z1, z2=z2)
         chunks = _checks.chunks_of_call(chunks, self.chunks)
@@ -112,24 +115,26 @@ class CAREloss(nn.Module):
 
     .. math:: L_{CARE} = L_{InfoNCE}(z_1, z_2) + \lambda L_{equi}(e_1, e_2)
 
-    The ordinary views :math:`z_1, z_2` are augmented sample by sample, as in SimCLR. The
-    equivariant views :math:`e_1, e_2` are chunk-shared: one augmentation serves all samples of a
-    chunk. :mod:`care_loss.views` makes such views and returns their chunk ids, to be handed on in
-    the call: a loss that cuts other chunks than the views compares samples that share nothing.
+    The ordinary views :math:`z_1, z_2` are augmented one sample at a time, as in SimCLR. The
+    equivariant views :math:`e_1, e_2` are chunk-shared: all samples of a chunk get the same
+    augmentation. :mod:`care_loss.views` makes such views and returns their `chunks`. Pass these in
+    the call: a loss that cuts the batch in other places compares samples that share nothing.
 
     Args:
-        temperature: The temperature of InfoNCE, > 0. Not used by a `base_loss`.
-        equivariance_weight: :math:`\lambda \ge 0`.
-        chunks: How many contiguous chunks to cut a batch into, >= 1, where a call gives no ids; a
-            small batch gets `N // 2` chunks.
-        shared_views: Whether `z1` and `z2` are chunk-shared themselves and may serve both terms,
-            two forwards a step in place of four.
+        temperature: The temperature of InfoNCE, > 0. If `base_loss` is given, leave it out: any
+            value but the default is an error.
+        equivariance_weight: :math:`\lambda \ge 0`. The attribute may be changed between steps.
+        chunks: The number of contiguous chunks to cut a batch into, >= 1, for calls without
+            `chunks`; a batch too small for them gets `N // 2`.
+        shared_views: Whether `z1` and `z2` are chunk-shared themselves and serve both terms, so
+            that a step needs two forwards instead of four. Ordinary views with shared_views=True
+            cannot be detected: the setting is a promise.
         scale: The scale of the equivariance loss, `"mean"` over pairs or `"authors"`,
             :math:`2(n-1)` times that. :data:`care_loss.RECIPES` has the published weights.
-        base_loss: A callable `(z1, z2) -> scalar` in place of InfoNCE, given the rows as they come:
-            the loss of another library, MoCo, Barlow Twins.
-        gather_distributed: As in :class:`InfoNCELoss`. The equivariance loss needs no gathering: a
-            chunk stays on its process.
+        base_loss: A callable `(z1, z2) -> scalar` that takes the place of InfoNCE, such as a loss
+            of another library, MoCo or Barlow Twins. It gets the embeddings without normalisation.
+        gather_distributed: As in :class:`InfoNCELoss`. The equivariance loss needs no gathering,
+            because all rows of a chunk are on one process.
 
     Raises:
         TypeError, ValueError: if an argument is not as described, here or in a call.
@@ -160,8 +165,7 @@ class CAREloss(nn.Module):
     ) -> None:
         super().__init__()
         temperature = _checks.number("temperature", temperature)
-        _checks.boolean("shared_views", shared_views)
-        _checks.boolean("gather_distributed", gather_distributed)
+        gather_distributed = _checks.boolean("gather_distributed", gather_distributed)
         _checks.scale(scale)
         _checks.base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
         self.temperature = temperature
@@ -169,7 +173,7 @@ class CAREloss(nn.Module):
             "equivariance_weight", equivariance_weight, or_zero=True
         )
         self.chunks = None if chunks is None else _checks.chunk_count(chunks)
-        self.shared_views = shared_views
+        self.shared_views = _checks.boolean("shared_views", shared_views)
         self.scale: Scale = scale
         self.base_loss = base_loss
         self.gather_distributed = gather_distributed
@@ -200,11 +204,12 @@ class CAREloss(nn.Module):
         Args:
             z1: Embeddings of the first ordinary view, `(N, D)`.
             z2: Embeddings of the second ordinary view, `(N, D)`.
-            equivariant1: Embeddings of the first chunk-shared view, `(N', D')`; other sizes than
-                `(N, D)` are fine. Left out, with `equivariant2`, where `shared_views=True`.
+            equivariant1: Embeddings of the first chunk-shared view, `(N', D')`; their number and
+                dimension may differ from those of `z1`. Leave it and `equivariant2` out with
+                `shared_views=True`.
             equivariant2: Embeddings of the second chunk-shared view, `(N', D')`.
-            chunks: An int, or the ids `(N',)` that the views carry, in place of the constructor's
-                `chunks` for this batch.
+            chunks: The number of chunks or the ids `(N',)` that the views returned. They take the
+                place of the constructor's `chunks` for this batch.
         """
         _checks.equivariant_pair(equivariant1, equivariant2, self.shared_views)
         chunks = _checks.chunks_of_call(chunks, self.chunks)
@@ -220,7 +225,8 @@ class CAREloss(nn.Module):
         equivariance = equivariance_loss(
             equivariant1, equivariant2, chunks=chunks, scale=self.scale
         )
-        loss = base + self.equivariance_weight * equivariance
+        weight = _checks.number("equivariance_weight", self.equivariance_weight, or_zero=True)
+        loss = base + weight * equivariance
         return CARELossComponents(loss, base, equivariance)
 
     def extra_repr(self) -> str:

@@ -1,9 +1,10 @@
 """The published settings, as keyword arguments of `CAREloss`.
 
 They are those of the paper (Gupta et al., ICLR 2024, appendix), on the scale of the authors' code,
-which grows with the chunk size. The comments in the source give the same weight on the scale
-`"mean"`, :math:`2(n-1)` times as much, for the batch it was used with, and what the authors'
-scripts set instead. A changed recipe is `RECIPES["cifar10"] | {"chunks": 8}`.
+which grows with the chunk size. For each recipe, a comment gives the weight on the scale `"mean"`
+for the batch size of the paper, :math:`2(n-1)` times as much, and the differences of the authors'
+scripts. To change a recipe, write `RECIPES["cifar10"] | {"chunks": 8}`. With a `base_loss`, remove
+the temperature and give it to the base loss.
 """
 
 from typing import Any

@@ -1,10 +1,13 @@
 """Views that share an augmentation across a chunk.
 
-The equivariance loss compares samples that went through the *same* augmentation.
-:func:`shared_views` makes such views of a batch with a transform that treats all images of a tensor
-alike (`torchvision.transforms.v2`, kornia with `same_on_batch=True`).
-:class:`SharedAugmentCollate` makes them in a `DataLoader` with any transform of single images.
-:func:`assert_shared` tells whether a transform does what it should.
+The equivariance loss compares samples that have seen the *same* augmentation. :func:`shared_views`
+makes such views of a batch, with a transform that treats all images of a tensor alike
+(`torchvision.transforms.v2`, kornia with `same_on_batch=True`). :class:`SharedAugmentCollate` makes
+them in a `DataLoader`, with any transform of single images. :func:`assert_shared` checks a
+transform.
+
+Pass the returned `chunks` to the loss, with the rows in the same order. Class labels cannot serve
+as ids: images of one class do not share an augmentation.
 """
 
 import random
@@ -80,8 +83,8 @@ class SharedAugmentCollate:
     Under `torch.manual_seed` the shared views are repeatable, whatever generator the transform
     draws from. The ordinary views are as repeatable as their transform: one that draws from NumPy
     or `random` needs their seeds as well. Every worker process and epoch of a `DataLoader` draws
-    its own augmentations. The generators of NumPy and `random` are left as they were found, but for
-    what `ordinary` draws; that of `torch` advances by one draw per batch for the shared views.
+    its own augmentations. Shared views leave the generators of NumPy and `random` as they were, and
+    take from that of `torch` one seed for each chunk and view, whatever the transform draws.
 
     If workers are spawned (on macOS and Windows), the transforms must be picklable: functions of a
     module or objects, no lambdas.
@@ -134,9 +137,7 @@ class SharedAugmentCollate:
                 outputs = [_checks.view(transform(_copy(image))) for image in images]
                 views.append(_stack(outputs))
         members = _chunks.members(self.chunks, len(images))
-        for transform, seeds in zip(
-            self.transforms, torch.randint(2**32, (2, len(members))).tolist(), strict=True
-        ):
+        for transform, seeds in zip(self.transforms, _seeds(2, len(members)), strict=True):
             outputs = []
             for rows, seed in zip(members, seeds, strict=True):
                 outputs += _replay(transform, [images[row] for row in rows.tolist()], seed)
@@ -148,8 +149,8 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
     """Check that a transform draws one augmentation for a whole chunk, and a new one for each view.
 
     Copies of one image go through the transform as the images of a chunk would. They must come out
-    equal within a view (to 1e-4 of its range of values), and not all views may be equal: 16 are
-    drawn, because some transforms often do nothing.
+    equal within a view (to 1e-4 of its range of values), and not all views may be equal. At least
+    16 views are drawn, and up to 128 until one differs, because some transforms rarely do anything.
 
     Args:
         transform: Maps images `(n, ...)` to views `(n, ...)` as for :func:`shared_views`, or, with
@@ -171,15 +172,16 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
         ...
         ValueError: `transform` must draw one augmentation for all images of a chunk, got ...
     """
-    _checks.boolean("batched", batched)
+    batched = _checks.boolean("batched", batched)
     images = image if isinstance(image, list) else [image]
-    if batched:
-        _checks.image_tensors(images)
-    elif len(images) > 1:
-        for seed in torch.randint(2**32, (16,)).tolist():
+    _checks.images_to_try(images, batched)
+    if not batched and len(images) > 1:
+        for seed in _seeds(16):
             _replay(transform, images, seed)
     for one in images:
-        views = [_copies(transform, one, batched) for _ in range(16)]
+        views: list[list[Tensor]] = []
+        while len(views) < 16 or (len(views) < 128 and not _differ(views[-1][0], views[0][0])):
+            views.append(_copies(transform, one, batched))
         copies = [copy for view in views for copy in view]
         _checks.finite(sum(not bool(copy.isfinite().all()) for copy in copies), len(copies))
         _checks.one_size(copies)
@@ -228,6 +230,11 @@ def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tens
     return outputs
 
 
+def _seeds(*shape: int) -> Any:
+    """Draw seeds as a list, or as a list of lists, whatever the default device is."""
+    return torch.randint(2**32, shape, device="cpu").tolist()
+
+
 def _states() -> tuple[Tensor, Any, Any]:
     """Return the states of the generators of torch, `random`, and NumPy if somebody imported it."""
     numpy = sys.modules.get("numpy")
@@ -250,11 +257,11 @@ def _copies(transform: Callable[[Any], Tensor], image: Any, batched: bool) -> li
     """Transform four copies of an image as the four images of one chunk."""
     if batched:
         return list(_checks.views(transform(torch.stack([image] * 4)), 4))
-    return _replay(transform, [image] * 4, int(torch.randint(2**32, ())))
+    return _replay(transform, [image] * 4, *_seeds(1))
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return True
     a, b = a.cpu().double(), b.cpu().double()
-    return bool((a - b).abs().max() > 1e-4 * (b.max() - b.min()))
+    return not bool((a - b).abs().max() <= 1e-4 * (b.max() - b.min()))

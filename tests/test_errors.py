@@ -254,7 +254,7 @@ def test_bad_queues():
 def test_two_ordinary_views_would_train_a_placebo():
     sentence = "`equivariant1` and `equivariant2` must be given unless shared_views=True"
     assert_refused(lambda: CAREloss(chunks=2)(Z, Z), sentence)
-    assert_refused(lambda: CAREloss(chunks=2)(Z, Z), "a control without sharing")
+    assert_refused(lambda: CAREloss(chunks=2)(Z, Z), "no rotation relates the views")
 
 
 @pytest.mark.parametrize("shared_views", [True, False])

@@ -5,6 +5,7 @@ that prevents it.
 """
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_images_of_different_sizes_before_a_random_crop(augment):
     sentence = "`transform` must draw the same random numbers for all images of a chunk, got"
     # The rejection loop differs in some draws only.
     assert_refused(lambda: [collate(batch) for _ in range(20)], sentence)
-    assert_refused(lambda: [collate(batch) for _ in range(20)], "of size (500, 375) and (")
+    assert_refused(lambda: [collate(batch) for _ in range(20)], "of size (500, 375) RGB and (")
     assert_refused(lambda: assert_shared(augment, PHOTOS, batched=False), "Bring the images to one")
 
 
@@ -124,6 +125,23 @@ def test_transforms_that_are_none_of_that_kind():
         assert_refused(call, sentence)
 
 
+def test_a_transform_that_rarely_does_anything():
+    def rarely(image):
+        return image.flip(-1) if torch.rand(()) < 0.1 else image
+
+    for _ in range(10):
+        assert_shared(rarely, torch.rand(3, 8, 8), batched=False)
+    assert_refused(lambda: assert_shared(rarely, [], batched=False), "pass at least one.")
+
+
+def test_another_default_device():
+    with torch.device("meta"):
+        collate = SharedAugmentCollate(lambda x: x * 2, chunks=2)
+        (view1, _, chunks), _ = collate([(Z[k], "label") for k in range(4)])
+    assert view1.shape == (4, 4)
+    assert chunks == 2
+
+
 def test_a_transform_for_each_view():
     def scale(low):
         return lambda image: image * (low + torch.rand(()))
@@ -141,7 +159,9 @@ def test_lightlys_transforms_as_the_readme_says(torchvision):
     transform = lightly.SimCLRTransform(input_size=32).transforms[0]
     same = torchvision.transforms.Resize((40, 40))
     batch = [(same(image), k) for k, image in enumerate(PHOTOS)]
-    (_, _, a1, _, chunks), _ = SharedAugmentCollate(transform, chunks=2, ordinary=transform)(batch)
+    collate = SharedAugmentCollate(transform, chunks=2, ordinary=transform)
+    pickle.dumps(collate)  # as spawned workers need it
+    (_, _, a1, _, chunks), _ = collate(batch)
     assert a1.shape == (7, 3, 32, 32)
     assert chunks == 2
 
@@ -165,10 +185,10 @@ def test_views_of_8_chunks_beside_a_loss_of_4():
 def test_ids_as_a_list_an_array_or_the_third_positional_argument():
     ids = torch.arange(16) // 4
     for given in (ids.tolist(), ids.numpy(), tuple(ids.tolist())):
-        sentence = "convert the ids with torch.as_tensor()."
+        sentence = "convert the ids with torch.as_tensor(), and pass them in the call"
         assert_refused(lambda c=given: CAREloss()(*FOUR, chunks=c), sentence)
     loss = CAREloss(shared_views=True)
-    for given in (ids, 4):
+    for given in (ids, 4, ids.tolist(), ids.numpy()):
         assert_refused(lambda c=given: loss(Z, -Z, c), "loss(z1, z2, chunks=chunks).")
 
 
@@ -179,6 +199,22 @@ def test_sample_indices_as_ids():
     assert_refused(lambda: shared_views(Z, transform, chunks=torch.arange(16)), sentence)
     compiled = torch.compile(equivariance_loss, fullgraph=True, backend="eager")
     assert compiled(Z, -Z, chunks=torch.arange(16)).isnan()  # where ids are not read
+
+
+def test_ids_in_the_constructor():
+    sentence = "Ids of rows are a tensor, and belong in the call, with their batch."
+    for module in (CAREloss, EquivarianceLoss):
+        assert_refused(lambda m=module: m(chunks=torch.arange(16) // 4), sentence)
+
+
+def test_ids_in_a_traced_function():
+    def loss(z1, z2, ids):
+        return equivariance_loss(z1, z2, chunks=ids)
+
+    with pytest.warns(DeprecationWarning):
+        traced = torch.jit.trace(loss, (Z, -Z, torch.arange(16) // 4))
+    ids = torch.arange(16) // 8
+    torch.testing.assert_close(traced(Z, Z.square(), ids), loss(Z, Z.square(), ids))
 
 
 # Losses
@@ -197,10 +233,11 @@ def test_two_views_without_shared_views():
 def test_a_base_loss_given_as_a_class():
     sentence = "create the module first, as in base_loss=Loss()."
     assert_refused(lambda: CAREloss(chunks=4, base_loss=InfoNCELoss), sentence)
+    assert_refused(lambda: CAREloss(chunks=4, base_loss=InfoNCELoss), "the class InfoNCELoss")
 
 
 def test_a_temperature_that_a_base_loss_would_not_use():
-    sentence = "`temperature` must be left out when `base_loss` is given, got both"
+    sentence = "`temperature` must be left out when `base_loss` is given, got one"
     assert_refused(lambda: CAREloss(0.1, chunks=4, base_loss=alignment_loss), sentence)
     moco = RECIPES["imagenet100-moco"]
     assert_refused(lambda: CAREloss(**moco, base_loss=alignment_loss), sentence)
@@ -220,6 +257,7 @@ def test_numpy_numbers_are_numbers():
     loss = CAREloss(np.float32(0.25), np.float64(0.5), chunks=np.int64(4))
     assert (loss.temperature, loss.equivariance_weight, loss.chunks) == (0.25, 0.5, 4)
     assert type(loss.chunks) is int
+    assert CAREloss(shared_views=np.bool_(True)).shared_views is True
     assert repr(loss) == repr(CAREloss(0.25, 0.5, chunks=4))
     assert torch.equal(loss(*FOUR), CAREloss(0.25, 0.5, chunks=4)(*FOUR))
     assert torch.equal(loss(*FOUR, chunks=np.int32(2)), loss(*FOUR, chunks=2))
@@ -255,6 +293,8 @@ def test_a_weight_that_follows_a_schedule():
         loss.equivariance_weight = 0.3 * step / 2
         parts = loss.forward_components(*FOUR)
         torch.testing.assert_close(parts.loss, parts.base + 0.3 * step / 2 * parts.equivariance)
+    loss.equivariance_weight = -1
+    assert_refused(lambda: loss(*FOUR), "`equivariance_weight` must be a finite number >= 0")
 
 
 def test_a_schedule_does_not_recompile_at_every_step():
@@ -270,4 +310,4 @@ def test_a_schedule_does_not_recompile_at_every_step():
     for step in range(10):
         loss.equivariance_weight = 0.1 * step
         torch.testing.assert_close(compiled(*FOUR), loss(*FOUR))
-    assert len(graphs) <= 3  # a constant, then a number that may change; 0 may be a case of its own
+    assert len(graphs) <= 3  # a constant, a number that may change, and perhaps 0

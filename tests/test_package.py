@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import inspect
 import re
 import subprocess
 import sys
@@ -161,11 +162,13 @@ def test_every_public_function_has_types_and_a_docstring():
                 assert node.returns is not None, f"{path.name}: {node.name}"
 
 
-DOCUMENTS = [path for path in ROOT.glob("*.md") if "```python" in path.read_text()]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+DOCUMENTS = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 
 
 def blocks(document):
-    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+    text = document.read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def test_the_readme_has_code_to_run():
@@ -180,18 +183,38 @@ def test_the_code_in_the_documents_runs(document):
     assert namespace["loss"].isfinite()
 
 
-def test_the_readmes_training_example_takes_twelve_lines():
+def test_the_readmes_first_example_is_short_and_has_one_statement_per_line():
     first = blocks(ROOT / "README.md")[0]
-    assert sum(bool(line.strip()) for line in first.splitlines()) <= 12
+    assert sum(bool(line.strip()) for line in first.splitlines()) <= 14
+    statements = [n for n in ast.walk(ast.parse(first)) if isinstance(n, ast.stmt)]
+    assert len({statement.lineno for statement in statements}) == len(statements)
+    assert not any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Tuple) for n in statements)
 
 
-def test_the_table_in_the_readme_is_that_of_the_committed_runs():
+def test_the_constructors_in_the_readme_have_their_defaults():
+    (block,) = [b for b in blocks(ROOT / "README.md") if "EquivarianceLoss(" in b]
+    calls = [n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call)]
+    shown = {c.func.id: {k.arg: ast.literal_eval(k.value) for k in c.keywords} for c in calls}
+    assert shown.keys() == {"CAREloss", "EquivarianceLoss", "InfoNCELoss"}
+    for name, arguments in shown.items():
+        parameters = inspect.signature(getattr(care_loss, name)).parameters.values()
+        assert list(arguments.items()) == [(p.name, p.default) for p in parameters]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_between_the_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_the_demonstration_is_that_of_the_committed_runs():
     files = sorted((ROOT / "docs" / "examples" / "results").glob("photos-seed*.csv"))
     texts = [path.read_text(encoding="utf-8") for path in files]
     runs = [list(csv.DictReader(text.splitlines())) for text in texts]
     assert len(runs) >= 3
     columns = ["gap ratio", "minus placebo", "rotation share", "kNN", "effective rank", "mean norm"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "demonstration.md").read_text(encoding="utf-8").splitlines()
     for arm in zip(*runs, strict=True):
         cells = [", ".join(run[column] for run in arm) for column in columns]
-        assert f"| {arm[0]['arm']} | {' | '.join(cells)} |" in readme
+        assert f"| {arm[0]['arm']} | {' | '.join(cells)} |" in page
