@@ -65,18 +65,18 @@ def chunks(value: Any, n: int, device: torch.device) -> int | Tensor:
 
 def chunk_count(value: Any) -> int:
     """Require a number of chunks, and return it as an int."""
+    if _is_int(value) and value >= 1:
+        return value if type(value) is int else int(value)
     array = hasattr(value, "__array__") and not isinstance(value, Tensor) and not _is_int(value)
     if array or isinstance(value, (list, tuple)):
         raise TypeError(
             f"`chunks` given as ids must be a torch.Tensor, got {_kind(value)}: convert the ids "
             "with torch.as_tensor(), and pass them in the call, with their batch."
         )
-    if not _is_int(value) or value < 1:
-        raise ValueError(
-            f"`chunks` must be an int >= 1, got {_kind(value)}: pass the number of chunks to cut a "
-            "batch into. Ids of rows are a tensor, and belong in the call, with their batch."
-        )
-    return int(value)
+    raise ValueError(
+        f"`chunks` must be an int >= 1, got {_kind(value)}: pass the number of chunks to cut a "
+        "batch into. Ids of rows are a tensor, and belong in the call, with their batch."
+    )
 
 
 def chunks_of_call(value: Any, default: int | None) -> Any:
