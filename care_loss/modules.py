@@ -120,6 +120,16 @@ class CAREloss(nn.Module):
     augmentation. :mod:`care_loss.views` makes such views and returns their `chunks`. Pass these in
     the call: a loss that cuts the batch in other places compares samples that share nothing.
 
+    There are three forms of a step:
+
+    * four forwards, as published: ``loss(z1, z2, e1, e2)``;
+    * two forwards, with `shared_views=True`: ``loss(z1, z2)``, where both are chunk-shared;
+    * three forwards: ``loss(z1, z2, z1, e)``, where `e` embeds the images of `z1` under a shared
+      augmentation (:func:`care_loss.views.augment_chunks`) that is not part of the ordinary views.
+
+    Ordinary views say what the embedding ignores; shared augmentations say what turns it; an
+    augmentation that is in both is ignored.
+
     Args:
         temperature: The temperature of InfoNCE, > 0. If `base_loss` is given, leave it out: any
             value but the default is an error.

@@ -1,10 +1,13 @@
 """Views that share an augmentation across a chunk.
 
 The equivariance loss compares samples that have seen the *same* augmentation. :func:`shared_views`
-makes such views of a batch, with a transform that treats all images of a tensor alike
-(`torchvision.transforms.v2`, kornia with `same_on_batch=True`). :class:`SharedAugmentCollate` makes
-them in a `DataLoader`, with any transform of single images. :func:`assert_shared` checks a
-transform.
+makes such views of a batch, and :func:`augment_chunks` a single one, with a transform that treats
+all images of a tensor alike (`torchvision.transforms.v2`, kornia with `same_on_batch=True`).
+:class:`SharedAugmentCollate` makes them in a `DataLoader`, with any transform of single images.
+:func:`assert_shared` checks a transform.
+
+Ordinary views say what the embedding ignores; shared augmentations say what turns it; an
+augmentation that is in both is ignored.
 
 Pass the returned `chunks` to the loss, with the rows in the same order. Class labels cannot serve
 as ids: images of one class do not share an augmentation.
@@ -25,6 +28,63 @@ from care_loss import _checks, _chunks
 Transform = Callable[[Any], Tensor]
 
 
+class AugmentedChunks(NamedTuple):
+    """A view `(N, ...)` of a batch, and the `chunks` to pass to the loss with it."""
+
+    view: Tensor
+    chunks: int | Tensor
+
+
+def augment_chunks(
+    images: Tensor, transform: Callable[[Tensor], Tensor], *, chunks: int | Tensor
+) -> AugmentedChunks:
+    """Make one view of a batch; all images of a chunk share one augmentation.
+
+    It serves the form of the loss with three forwards, in which the equivariance loss compares the
+    first ordinary view with the same images under a shared augmentation::
+
+        x1, x2 = ordinary(images), ordinary(images)
+        turned, chunks = augment_chunks(x1, turn, chunks=8)
+        z1, z2, e = encoder(x1), encoder(x2), encoder(turned)
+        loss = criterion(z1, z2, z1, e, chunks=chunks)
+
+    What `turn` does must not be part of `ordinary`: an augmentation that is in both is ignored by
+    the embedding. In training mode, batch normalisation uses the statistics of each of the three
+    batches; all chunks must go through it in one forward, as they do here.
+
+    Args:
+        images: A batch of images, `(N, ...)` with `N >= 2`.
+        transform: Maps images `(n, ...)` to views `(n, ...)`, drawing one augmentation for all.
+        chunks: The number of contiguous chunks, or integer ids `(N,)`, as the losses take them.
+
+    Returns:
+        The view, in the order of `images`, and the chunks to pass to the loss: the number of chunks
+        that were made if a number was given, otherwise the ids.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> def brightness(images):  # one factor for all images
+        ...     return images * torch.rand(())
+        >>> view, chunks = augment_chunks(torch.ones(6, 3, 8, 8), brightness, chunks=2)
+        >>> torch.equal(view[0], view[2]), torch.equal(view[2], view[3])
+        (True, False)
+    """
+    _checks.images(images)
+    chunks = _checks.chunks(chunks, len(images), images.device)
+    members = [
+        rows.to(images.device, non_blocking=True) for rows in _chunks.members(chunks, len(images))
+    ]
+    _checks.pairs([rows for rows in members if len(rows) > 1])
+    outputs = [_checks.views(transform(images[rows]), len(rows)) for rows in members]
+    _checks.one_size([output[0] for output in outputs])
+    view, order = torch.cat(outputs), torch.cat(members)
+    if isinstance(chunks, Tensor):
+        return AugmentedChunks(view[order.argsort().to(view.device)], chunks)
+    return AugmentedChunks(view, len(members))
+
+
 class SharedViews(NamedTuple):
     """Two views `(N, ...)` of a batch, and the `chunks` to pass to the loss with them."""
 
@@ -38,7 +98,8 @@ def shared_views(
 ) -> SharedViews:
     """Make two views of a batch; each chunk shares one augmentation in each view.
 
-    Every chunk draws its own pair of augmentations, as in the paper's algorithm.
+    Every chunk draws its own pair of augmentations, as in the paper's algorithm. The views are
+    those of two calls of :func:`augment_chunks`.
 
     Args:
         images: A batch of images, `(N, ...)` with `N >= 2`.
@@ -62,12 +123,9 @@ def shared_views(
         >>> torch.equal(view1[0], view1[2]), torch.equal(view1[0], view2[0])
         (True, False)
     """
-    _checks.images(images)
-    chunks = _checks.chunks(chunks, len(images), images.device)
-    members = _chunks.members(chunks, len(images))
-    _checks.pairs([rows for rows in members if len(rows) > 1])
-    view1, view2 = (_augment(images, transform, members) for _ in range(2))
-    return SharedViews(view1, view2, chunks if isinstance(chunks, Tensor) else len(members))
+    view1, made = augment_chunks(images, transform, chunks=chunks)
+    view2, _ = augment_chunks(images, transform, chunks=chunks)
+    return SharedViews(view1, view2, made)
 
 
 class SharedAugmentCollate:
@@ -188,18 +246,6 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
         within = any(_differ(copy, view[0]) for view in views for copy in view[1:])
         across = any(_differ(view[0], views[0][0]) for view in views[1:])
         _checks.shared(within, across, len(views))
-
-
-def _augment(
-    images: Tensor, transform: Callable[[Tensor], Tensor], members: list[Tensor]
-) -> Tensor:
-    """Transform the images of each chunk together, and return them in their order."""
-    outputs = [_checks.views(transform(images[rows]), len(rows)) for rows in members]
-    _checks.one_size([output[0] for output in outputs])
-    view = torch.cat(outputs)
-    order = torch.cat(members)
-    in_order = torch.arange(len(order), device=order.device)
-    return view if torch.equal(order, in_order) else view[order.argsort().to(view.device)]
 
 
 def _stack(views: list[Tensor]) -> Tensor:

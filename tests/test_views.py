@@ -10,7 +10,12 @@ from torch.utils.data import DataLoader
 
 from care_loss import CAREloss
 from care_loss.functional import equivariance_loss
-from care_loss.views import SharedAugmentCollate, assert_shared, shared_views
+from care_loss.views import (
+    SharedAugmentCollate,
+    assert_shared,
+    augment_chunks,
+    shared_views,
+)
 
 
 def brightness(images):
@@ -61,6 +66,34 @@ def test_each_chunk_draws_its_own_pair(chunks, images):
     assert_constant_on_chunks(first, ids)
     assert_constant_on_chunks(second, ids)
     assert ((first - second).abs() > 1e-6).all()
+
+
+@pytest.mark.parametrize("chunks", [1, 4, 100])
+def test_shared_views_are_two_augmentations_of_the_chunks(chunks, images):
+    torch.manual_seed(1)
+    view, made = augment_chunks(images, brightness, chunks=chunks)
+    other, _ = augment_chunks(images, brightness, chunks=chunks)
+    assert made == min(chunks, 5)
+    assert_constant_on_chunks(draws(view, images), made)
+    torch.manual_seed(1)
+    view1, view2, _ = shared_views(images, brightness, chunks=chunks)
+    assert torch.equal(view, view1)
+    assert torch.equal(other, view2)
+    ids = torch.tensor([4, 0, 4, 4, 0, 4, 2, 2, 0, 4, 2], device=images.device)
+    view, returned = augment_chunks(images, brightness, chunks=ids)
+    assert returned is ids
+    assert_constant_on_chunks(draws(view, images), ids)
+
+
+def test_three_forwards_compare_an_ordinary_view_with_its_turn(images):
+    turned, chunks = augment_chunks(
+        images, lambda x: x.roll(int(torch.randint(3, ())), dims=1), chunks=4
+    )
+    z1, e = images.flatten(1), turned.flatten(1)  # a permutation of pixels is orthogonal
+    parts = CAREloss().forward_components(z1, z1.flip(0), z1, e, chunks=chunks)
+    assert parts.equivariance < 1e-12
+    shuffled = e[torch.randperm(len(e))]
+    assert equivariance_loss(z1, shuffled, chunks=chunks) > 1e-6
 
 
 def test_ids_share_among_rows_that_need_not_be_neighbours(images, device):
