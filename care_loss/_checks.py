@@ -1,7 +1,8 @@
 """Every sentence an argument error can say: *requirement, got X: what to do*.
 
-The checks read types, shapes, dtypes, devices and Python numbers, never the values of a tensor on a
-device: reading those would make the host wait for it at every step.
+The checks read types, shapes, dtypes, devices and Python numbers. They read the values of a tensor
+on a CPU only, where this costs little: reading them from a GPU would make the host wait for it at
+every step.
 """
 
 import math
