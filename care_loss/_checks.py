@@ -276,6 +276,16 @@ def one_size(views: list[Tensor]) -> None:
         )
 
 
+def separate(views: list[Tensor]) -> None:
+    """Require that the outputs of a transform do not lie in the same memory."""
+    places = [view.data_ptr() for view in views if view.numel() and not view.is_meta]
+    if len(set(places)) < len(places):
+        raise ValueError(
+            "`transform` must return a new tensor at every call, got one that it returned before: "
+            "its earlier values are lost. Return a copy, with .clone()."
+        )
+
+
 def same_draws(same: bool, first: Any, other: Any) -> None:
     """Require that two images of a chunk made a transform draw the same random numbers."""
     if not same:
@@ -467,6 +477,11 @@ def _floating(name: str, value: Any) -> None:
         raise TypeError(
             f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: pick "
             "one output of the model."
+        )
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: pass "
+            "the real and the imaginary part as two entries, with torch.view_as_real()."
         )
     if not isinstance(value, Tensor) or not _is_floating(value.dtype):
         raise TypeError(

@@ -78,6 +78,7 @@ def augment_chunks(
     ]
     _checks.pairs([rows for rows in members if len(rows) > 1])
     outputs = [_checks.views(transform(images[rows]), len(rows)) for rows in members]
+    _checks.separate(outputs)
     _checks.one_size([output[0] for output in outputs])
     view, order = torch.cat(outputs), torch.cat(members)
     if isinstance(chunks, Tensor):
@@ -249,6 +250,7 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
 
 
 def _stack(views: list[Tensor]) -> Tensor:
+    _checks.separate(views)
     _checks.one_size(views)
     return torch.stack(views)
 

@@ -118,6 +118,25 @@ def test_a_transform_whose_outputs_change_their_size():
     assert_refused(lambda: ordinary(batch), sentence)
 
 
+def test_a_transform_that_returns_one_tensor_again_and_again():
+    memory = torch.empty(4, 3)
+
+    def stacked(images):
+        return memory.copy_(images * torch.rand(()))
+
+    def single(image):
+        return memory[0].copy_(image * torch.rand(()))
+
+    sentence = "`transform` must return a new tensor at every call, got one that it returned before"
+    assert_refused(lambda: shared_views(torch.ones(8, 3), stacked, chunks=2), sentence)
+    batch = [(torch.ones(3), 0)] * 4
+    assert_refused(lambda: SharedAugmentCollate(single, chunks=2)(batch), sentence)
+    # Images may be returned as they are.
+    same = torch.ones(3)
+    SharedAugmentCollate(lambda x: x, chunks=2, ordinary=lambda x: x)([(same, 0)] * 4)
+    shared_views(torch.ones(8, 3), lambda x: x, chunks=2)
+
+
 def test_transforms_that_are_none_of_that_kind():
     for transform in ("flip", [1, 2], (abs, abs, abs), ()):
         sentence = "must be a callable that maps one image to a tensor, or a pair of such, got "
