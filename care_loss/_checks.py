@@ -399,21 +399,21 @@ def unit(**tensors: Tensor) -> None:
             )
 
 
-def position(name: str, value: Any, x: Tensor, y: Tensor) -> None:
-    """Require a finite number, or a tensor that broadcasts with the leading dimensions."""
+def position(name: str, value: Any, x: Tensor, y: Tensor) -> float | Tensor:
+    """Require a finite number or a tensor that broadcasts with `x` and `y`, and return it."""
     if isinstance(value, Tensor):
         _floating(name, value)
         if value.ndim or value.device.type != "cpu":  # a single number may stay there
             _on_device(name, value, x.device, "the points")
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         _broadcastable("x` and `y", leading, name, value.shape)
-    elif (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf
-    ):
+        return value
+    if not _is_real(value) or not abs(value) < math.inf:
         raise TypeError(
             f"`{name}` must be a finite number or a torch.Tensor of a floating point dtype, got "
             f"{_kind(value)}: convert it with torch.as_tensor() or float()."
         )
+    return value if type(value) is float else float(value)
 
 
 def square(**tensors: Any) -> None:

@@ -27,7 +27,7 @@ def plan(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, i
     """
     if not isinstance(chunks, Tensor):
         return None, runs(chunks, n)
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if chunks.device.type != "cpu" or tracing:
         return None
     try:

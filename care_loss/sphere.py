@@ -5,7 +5,8 @@ at a point are orthogonal to it. Leading dimensions broadcast. All tensors of on
 dtype, and results have it too; half types are computed in float32.
 
 On a CPU the lengths of the points are read: a length that differs from 1 by more than 0.01 is an
-error, except for zero vectors, which :func:`normalize` returns for zero vectors. On other devices,
+error, except for zero vectors, which :func:`normalize` returns for zero vectors
+(:func:`frechet_mean` normalises instead). On other devices,
 under `torch.compile` and under `vmap` nothing is read. Whether a vector is tangent is never
 checked; :func:`tangent_projection` makes it so.
 
@@ -134,9 +135,9 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     """
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
-    _checks.position("t", t, x, y)
+    t = _checks.position("t", t, x, y)
     dtype = computed_in(x)
-    middle, across, squared_half = _path(x.to(dtype), y.to(dtype))
+    middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
     s = t.to(dtype).unsqueeze(-1) if isinstance(t, Tensor) else t
     # Along the circle through both points, measured from the middle of the path.
     from_middle = 1 - 2 * s
@@ -194,7 +195,7 @@ def logmap(x: Tensor, y: Tensor) -> Tensor:
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
     dtype = computed_in(x)
-    middle, across, squared_half = _path(x.to(dtype), y.to(dtype))
+    middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
     cos, sinc = _cos_and_sinc(squared_half)
     return (2 * squared_half * sinc * middle - cos / sinc * across).to(x.dtype)
 
@@ -248,7 +249,7 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     _checks.vectors(x=x, y=y, v=v)
     _checks.unit(x=x, y=y)
     dtype = computed_in(x)
-    middle, _, _ = _path(x.to(dtype), y.to(dtype))
+    middle, _, _ = _axes(x.to(dtype), y.to(dtype))
     return _without(middle, v.to(dtype), times=2).to(x.dtype)
 
 
@@ -355,12 +356,8 @@ _STEPS = 32
 _STEP_SIZE = 1.364
 
 
-def _path(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the middle of the path, the vector across it, and the square of half its angle.
-
-    The vector is `x - y`, orthogonal to the middle. The square is a smooth function of the points
-    where they are equal, which the angle is not.
-    """
+def _axes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the middle of the path between points, and `x - y` and `x + y`, made orthogonal."""
     across, along = x - y, x + y
     # The two are orthogonal but for rounding, which makes one point longer than the other. It
     # matters to the shorter of the two; subtracting it from the longer changes nothing.
@@ -368,6 +365,15 @@ def _path(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = torch.maximum(*squares)
     tilt = (across * along).sum(-1, keepdim=True) / largest.masked_fill(largest == 0, 1)
     across, along = across - tilt * along, along - tilt * across
+    return _direction(along, x), across, along
+
+
+def _arc(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the middle of the path, `x - y` across it, and the square of half its angle.
+
+    The square is a smooth function of the points where they are equal, which the angle is not.
+    """
+    middle, across, along = _axes(x, y)
     short, long = (z.square().sum(-1, keepdim=True) for z in (across, along))
     near = short <= 0.01 * long
     # Each branch computes with harmless numbers where the other is chosen: a derivative that is
@@ -380,7 +386,7 @@ def _path(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     length = long.masked_fill(at_antipodes, 1).sqrt().masked_fill(at_antipodes, 0)
     half = torch.atan2(short.masked_fill(near, 1).sqrt(), length)
     squared_half = torch.where(near, squared_tan * series.square(), half.square())
-    return _direction(along, x), across, squared_half
+    return middle, across, squared_half
 
 
 def _direction(v: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from test_errors import assert_refused
 
 from care_loss import RECIPES, CAREloss, EquivarianceLoss, InfoNCELoss
 from care_loss.functional import alignment_loss, equivariance_loss
+from care_loss.sphere import normalize, slerp
 from care_loss.views import SharedAugmentCollate, assert_shared, shared_views
 
 Z = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -282,6 +283,12 @@ def test_numpy_numbers_are_numbers():
     assert repr(loss) == repr(CAREloss(0.25, 0.5, chunks=4))
     assert torch.equal(loss(*FOUR), CAREloss(0.25, 0.5, chunks=4)(*FOUR))
     assert torch.equal(loss(*FOUR, chunks=np.int32(2)), loss(*FOUR, chunks=2))
+
+
+def test_numpy_numbers_are_positions_on_a_path():
+    x, y = normalize(Z), normalize(-Z.flip(-1)).requires_grad_()
+    for t in (np.float32(0.25), np.float64(0.25)):
+        assert torch.equal(slerp(x, y, t), slerp(x, y, 0.25))
 
 
 def test_the_output_of_a_model_that_returns_several():
