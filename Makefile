@@ -14,7 +14,7 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONS
 help:  ## print the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "make %-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.examples  ## train four arms on photographs and print the table
+demo: $(VENV)/.examples  ## turn the hue of photographs: train seven arms and print the table
 	$(RUN) docs/examples/photos.py $(ARGS)
 
 test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part of them

@@ -1,34 +1,128 @@
-"""The demonstration, as a user starts it."""
+"""The demonstration, as a user starts it, and the parts that its claims rest on."""
 
 import csv
-import os
+import importlib.util
+import math
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from care_loss.rotation import random_orthogonal
+
 PHOTOS = Path(__file__).parent.parent / "docs" / "examples" / "photos.py"
+FLOAT64 = torch.float64
+angles = st.floats(-10, 10)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    spec = importlib.util.spec_from_file_location("photos", PHOTOS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(output, *options):
     command = [sys.executable, "-W", "error", str(PHOTOS), "--steps", "2", "--output", str(output)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    result = subprocess.run([*command, *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    with open(output / "photos.csv", newline="", encoding="utf-8") as file:
-        return result.stdout, list(csv.DictReader(file))
+    rows = {}
+    for path in output.glob("photos-seed*.csv"):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows[path.stem] = list(csv.DictReader(file))
+    return result.stdout, rows
 
 
-def test_photos_trains_four_arms_and_is_repeatable(tmp_path):
-    printed, rows = run(tmp_path / "first")
-    arms = ["untrained", "SimCLR", "placebo", "CARE, four forwards", "CARE, two forwards"]
-    assert [row["arm"] for row in rows] == arms
+def test_photos_trains_all_arms_and_is_repeatable(tmp_path):
+    printed, rows = run(tmp_path / "first", "--seed", "0", "1")
+    arms = ["untrained", "SimCLR with hue", "SimCLR without hue", "CARE, four forwards"]
+    arms += ["CARE, three forwards", "placebo, three forwards"]
+    arms += ["CARE, uniformity", "placebo, uniformity"]
+    assert set(rows) == {"photos-seed0", "photos-seed1"}
+    assert all([row["arm"] for row in table] == arms for table in rows.values())
     assert all(arm in printed for arm in arms)
-    assert all(0 < float(row["gap ratio"]) < 2 and 0 < float(row["kNN"]) < 1 for row in rows)
+    for row in rows["photos-seed0"]:
+        assert 0 < float(row["gap ratio"]) < 2
+        assert 0 < float(row["kNN"]) < 1
     assert (tmp_path / "first" / "photos.png").stat().st_size > 10_000
 
-    _, again = run(tmp_path / "second")
-    _, other = run(tmp_path / "third", "--seed", "1")
-    for row in rows + again + other:
+    _, again = run(tmp_path / "second", "--seed", "1")
+    for row in rows["photos-seed1"] + again["photos-seed1"] + rows["photos-seed0"]:
         del row["s per step"]
-    assert again == rows
-    assert other != rows
+    assert again["photos-seed1"] == rows["photos-seed1"]
+    assert rows["photos-seed0"] != rows["photos-seed1"]
+
+
+@given(angles, angles, st.integers(0, 2**32 - 1))
+def test_two_turns_of_the_hue_are_the_turn_by_the_sum(photos, a, b, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, 3, 4, 5, generator=generator, dtype=FLOAT64)
+    a, b = torch.tensor([a, b], dtype=FLOAT64)
+    twice = photos.turn_hue(photos.turn_hue(images, a), b)
+    torch.testing.assert_close(twice, photos.turn_hue(images, a + b), atol=1e-13, rtol=0)
+    back = photos.turn_hue(photos.turn_hue(images, a), -a)
+    torch.testing.assert_close(back, images, atol=1e-13, rtol=0)
+
+
+def test_a_turn_of_the_hue_rotates_the_colours_and_leaves_grey(photos):
+    images = torch.randn(6, 3, 4, 5, dtype=FLOAT64)
+    angle = torch.linspace(0, 3, 6, dtype=FLOAT64)
+    turned = photos.turn_hue(images, angle)
+    for image, theta, one in zip(images, angle, turned, strict=True):
+        torch.testing.assert_close(photos.turn_hue(image[None], theta)[0], one)
+    torch.testing.assert_close(turned.norm(dim=1), images.norm(dim=1))
+    torch.testing.assert_close(turned.mean(1), images.mean(1))
+    third = torch.tensor(2 * math.pi / 3)
+    red, green = torch.eye(3)[:2, None, :, None, None]
+    torch.testing.assert_close(photos.turn_hue(red, third), green)
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    st.integers(0, 3),
+    st.integers(0, 2**32 - 1),
+)
+def test_frequencies_are_those_of_a_planted_representation(photos, planes, constant, seed):
+    theta = 2 * math.pi / 24 * torch.arange(24, dtype=FLOAT64)
+    blocks = []
+    for k in planes:
+        c, s = torch.cos(k * theta), torch.sin(k * theta)
+        blocks.append(torch.stack([torch.stack([c, s], -1), torch.stack([-s, c], -1)], -2))
+    blocks += [torch.ones(24, 1, 1, dtype=FLOAT64)] * constant
+    rotations = torch.stack([torch.block_diag(*[b[t] for b in blocks]) for t in range(24)])
+    generator = torch.Generator().manual_seed(seed)
+    basis = random_orthogonal(rotations.shape[-1], generator=generator, dtype=FLOAT64)
+    multiplicities, found, deviation = photos.frequencies(basis.mT @ rotations @ basis)
+    wanted = torch.bincount(torch.tensor(planes), minlength=12).to(FLOAT64)
+    wanted[0] = 2 * wanted[0] + constant
+    torch.testing.assert_close(multiplicities, wanted, atol=1e-12, rtol=0)
+    assert found.shape == rotations.shape[:2]
+    assert deviation < 1e-6  # an eigenvalue that repeats moves by the root of the rounding
+
+
+def test_frequencies_of_rotations_that_are_no_representation_deviate(photos):
+    generator = torch.Generator().manual_seed(0)
+    rotations = random_orthogonal(
+        8, batch_shape=(24,), special=True, generator=generator, dtype=FLOAT64
+    )
+    assert photos.frequencies(rotations)[2] > 0.2
+
+
+def test_three_forwards_turn_the_embedding_and_the_placebo_does_not(photos):
+    training, testing = photos.load_patches()
+    arms = photos.make_arms(weight=10.0)
+    torch.manual_seed(7)
+    start, order = photos.network(width=8), torch.randint(len(training), (60, 128))
+    gaps = {}
+    for name in ("CARE, three forwards", "placebo, three forwards"):
+        torch.manual_seed(7)
+        encoder = deepcopy(start)
+        photos.train(name, arms[name], encoder, (photos.own_turns(training[r]) for r in order), 60)
+        gaps[name] = photos.measure(encoder, training, testing[::2]).gap.mean()
+    assert gaps["CARE, three forwards"] < 0.5 * gaps["placebo, three forwards"]

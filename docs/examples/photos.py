@@ -1,28 +1,42 @@
-"""Train SimCLR, a placebo and CARE on patches of photographs, and see which learned to rotate.
+"""Train a small network on patches of photographs: turn the hue, and does the embedding turn?
 
-The data are 32×32 colour patches of ten photographs that the wheels of scikit-image and
-scikit-learn carry, so nothing is downloaded. The left 60 % of each photograph is for training, the
-rest for testing. Four arms start from the same weights and see the same minibatches:
+The patches are cut from ten colour photographs that come with scikit-image and scikit-learn, so
+nothing is downloaded. The left 60 % of each photograph is for training, the rest for testing.
 
-* SimCLR: InfoNCE alone.
-* placebo: the CARE loss, but its equivariance term gets views that were augmented patch by patch.
-  Whatever this arm gains does not come from sharing an augmentation.
-* CARE, four forwards: ordinary views for InfoNCE, chunk-shared views for the equivariance term.
-* CARE, two forwards: one pair of chunk-shared views serves both terms.
+A turn of the hue rotates the RGB values about the grey axis. Turns form a group: two of them are
+the turn by the sum of their angles. So the embeddings can turn as well, by rotations that form a
+group. Crops and flips are what the embedding shall ignore. Each patch is shown in a random hue,
+which is the same in all of its views: a rotation that is fitted for one turn can only be applied
+after another one if the network has learned from patches that were turned already.
 
-The headline is the gap ratio: how much the Gram matrix of held-out patches differs between two
-augmentations that all patches share, divided by how much it differs where each patch has its own.
-It is low where an augmentation acts as one rotation. The default run takes about a minute on two
-idle CPU cores, several times that on busy ones, and writes a table and a figure:
+All arms start from the same weights and see the same minibatches:
+
+* SimCLR with hue: InfoNCE, each view has its own crop, flip and hue.
+* SimCLR without hue: the same without turns of the hue.
+* CARE, four forwards: the published form. InfoNCE as in "SimCLR with hue", and the equivariance
+  loss on two views with a crop, flip and hue for each chunk.
+* CARE, three forwards: InfoNCE as in "SimCLR without hue", and the equivariance loss between its
+  first view and the same images with one turn of the hue for each chunk.
+* placebo, three forwards: the same, but each image has its own turn, so nothing is shared.
+* CARE, uniformity: the uniformity loss takes the place of InfoNCE, in two forwards.
+* placebo, uniformity: the same, with one turn for each image.
+
+The main result is the gap ratio: how much the Gram matrix of held-out patches differs between two
+turns of the hue that all patches share, divided by how much it differs where each patch has its
+own. It is near 0 where a turn of the hue acts as one rotation, and near 1 for an encoder that
+ignores the hue. The default run takes between three and four minutes on two idle CPU cores, and
+writes a table and a figure:
 
     python docs/examples/photos.py --seed 1 --output build/photos
 """
 
 import argparse
 import csv
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +44,7 @@ from typing import NamedTuple
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from skimage import data
 from sklearn.datasets import load_sample_images
@@ -37,16 +52,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from care_loss import CAREloss, InfoNCELoss
-from care_loss.functional import equivariance_loss
+from care_loss.functional import equivariance_loss, uniformity_loss
 from care_loss.rotation import fit_rotation
 from care_loss.sphere import normalize
-from care_loss.views import assert_shared, shared_views
+from care_loss.views import assert_shared, augment_chunks, shared_views
 
-Views = Callable[[Tensor], tuple[Tensor, ...]]
-PATCH, BATCH, CHUNKS = 32, 256, 8
+Parts = Mapping[str, Tensor]
+Arm = Callable[[nn.Module, Tensor], Parts]
+
+PATCH, BATCH, CHUNKS, DIM = 32, 256, 8, 16
 TRAINING, TESTING = 500, 200  # patches of each photograph
-SHARED_DRAWS, OWN_DRAWS = 24, 8  # augmentations to average a measurement over
-COLOURS = ["#a9afb8", "#d9a441", "#14746f", "#36a39a"]
+ANGLES, PAIRS = 72, 24  # turns that rotations are fitted for, and pairs of them that are composed
+SHARED_DRAWS, OWN_DRAWS = 24, 8  # turns to average the gap ratio over
+PICTURED = 1100  # the training patch in the figure
+EQUIVARIANCE = ["gap ratio", "minus placebo", "±", "shared hues", "own hues", "rotation share"]
+EQUIVARIANCE += ["composition"]
+EMBEDDING = ["multiplicities", "deviation", "hue error", "kNN", "effective rank", "mean norm"]
+EMBEDDING += ["s per step"]
+GREY, COLOURS = "#8a8f98", {"CARE, three forwards": "#14746f", "CARE, uniformity": "#36a39a"}
+COLOURS |= {"placebo, three forwards": "#d97706", "placebo, uniformity": "#d97706"}
+ARROW = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.3", "color": "#57606a"}
 
 
 def photographs() -> Iterator[Tensor]:
@@ -65,48 +90,128 @@ def patches(photo: Tensor, count: int) -> list[Tensor]:
     return [photo[:, i : i + PATCH, j : j + PATCH] for i, j in zip(rows, columns, strict=True)]
 
 
-def augmentation(*, shared: bool) -> nn.Module:
+def turn_hue(images: Tensor, angle: Tensor) -> Tensor:
+    """Rotate the RGB values of images `(n, 3, H, W)` about the grey axis, without clipping.
+
+    The angle, in radians, is one for all images `()` or one for each `(n,)`. A turn by a and then
+    by b is the turn by a + b.
+    """
+    # Red, green and blue lie 120 degrees apart about the axis; a turn by 120 makes red green.
+    thirds = 2 * math.pi / 3 * torch.arange(3).to(images)
+    rotation = (1 + 2 * torch.cos(angle.to(images)[..., None, None] + thirds - thirds[:, None])) / 3
+    return (rotation @ images.flatten(2)).view_as(images)
+
+
+def random_angles(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    return 2 * math.pi * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def one_turn(images: Tensor) -> Tensor:
+    """Turn the hue of all images by one random angle."""
+    return turn_hue(images, random_angles())
+
+
+def own_turns(images: Tensor) -> Tensor:
+    """Turn the hue of each image by a random angle of its own."""
+    return turn_hue(images, random_angles(len(images)))
+
+
+def crop_and_flip(*, shared: bool = False) -> nn.Module:
     """Return a transform of images `(n, 3, 32, 32)`, with one draw for all or one for each."""
     return nn.Sequential(
         K.RandomResizedCrop((PATCH, PATCH), scale=(0.3, 1.0), same_on_batch=shared),
         K.RandomHorizontalFlip(same_on_batch=shared),
-        K.ColorJitter(0.4, 0.4, 0.4, 0.2, p=0.8, same_on_batch=shared),
-        K.RandomGrayscale(p=0.2, same_on_batch=shared),
     )
 
 
-def network(width: int = 32, dim: int = 64) -> nn.Sequential:
+def network(width: int = 16) -> nn.Sequential:
     """Return a backbone of four convolutions, whose output kNN uses, and a projection head."""
     backbone = nn.Sequential()
     for i, o in pairwise([3, width, 2 * width, 4 * width, 8 * width]):
         backbone.extend([nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()])
     backbone.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
     hidden = [nn.Linear(o, o, bias=False), nn.BatchNorm1d(o), nn.ReLU()]
-    return nn.Sequential(backbone, nn.Sequential(*hidden, nn.Linear(o, dim)))
+    return nn.Sequential(backbone, nn.Sequential(*hidden, nn.Linear(o, DIM)))
 
 
-def train(
-    name: str, encoder: nn.Module, loss: nn.Module, views: Views, images: Tensor, order: Tensor
-) -> float:
-    """Train in place on the rows that `order` `(steps, BATCH)` names; return the median s/step."""
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3)
+def make_arms(weight: float) -> dict[str, Arm]:
+    """Return the arms by name; each maps an encoder and a batch to the parts of its loss."""
+    info_nce, care = InfoNCELoss(), CAREloss(equivariance_weight=weight)
+    uniform = CAREloss(equivariance_weight=weight, base_loss=lambda z, _: uniformity_loss(z))
+    ordinary, together = crop_and_flip(), crop_and_flip(shared=True)
+
+    def simclr_with_hue(encoder: nn.Module, images: Tensor) -> Parts:
+        x1, x2 = own_turns(ordinary(images)), own_turns(ordinary(images))
+        return {"loss": info_nce(encoder(x1), encoder(x2))}
+
+    def simclr_without_hue(encoder: nn.Module, images: Tensor) -> Parts:
+        x1, x2 = ordinary(images), ordinary(images)
+        return {"loss": info_nce(encoder(x1), encoder(x2))}
+
+    def four_forwards(encoder: nn.Module, images: Tensor) -> Parts:
+        x1, x2 = own_turns(ordinary(images)), own_turns(ordinary(images))
+        a1, a2, chunks = shared_views(images, lambda x: one_turn(together(x)), chunks=CHUNKS)
+        z1, z2, e1, e2 = encoder(x1), encoder(x2), encoder(a1), encoder(a2)
+        return care.forward_components(z1, z2, e1, e2, chunks=chunks)._asdict()
+
+    def three_forwards(turn: Callable[[Tensor], Tensor], encoder: nn.Module, x: Tensor) -> Parts:
+        x1, x2 = ordinary(x), ordinary(x)
+        turned, chunks = augment_chunks(x1, turn, chunks=CHUNKS)
+        z1, z2, e = encoder(x1), encoder(x2), encoder(turned)
+        return care.forward_components(z1, z2, z1, e, chunks=chunks)._asdict()
+
+    def uniformity(turn: Callable[[Tensor], Tensor], encoder: nn.Module, x: Tensor) -> Parts:
+        x1 = ordinary(x)
+        turned, chunks = augment_chunks(x1, turn, chunks=CHUNKS)
+        z1, e = encoder(x1), encoder(turned)
+        return uniform.forward_components(z1, z1, z1, e, chunks=chunks)._asdict()
+
+    return {
+        "SimCLR with hue": simclr_with_hue,
+        "SimCLR without hue": simclr_without_hue,
+        "CARE, four forwards": four_forwards,
+        "CARE, three forwards": partial(three_forwards, one_turn),
+        "placebo, three forwards": partial(three_forwards, own_turns),
+        "CARE, uniformity": partial(uniformity, one_turn),
+        "placebo, uniformity": partial(uniformity, own_turns),
+    }
+
+
+def train(name: str, arm: Arm, encoder: nn.Module, batches: Iterable[Tensor], steps: int) -> float:
+    """Train in place, with a learning rate that rises and falls; return the median s/step."""
+    optimizer = torch.optim.AdamW(encoder.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
     seconds = []
-    with tqdm(order, desc=f"{name:19}", unit="step") as bar:
-        for rows in bar:
+    with tqdm(batches, desc=f"{name:23}", total=steps, unit="step") as bar:
+        for images in bar:
             begin = time.perf_counter()
-            # One forward for all chunks of a view: where a batch has seen one augmentation only,
-            # batch normalisation can undo it.
-            z = [encoder(view) for view in views(images[rows])]
-            if isinstance(loss, CAREloss):
-                parts = loss.forward_components(*z)._asdict()
-            else:
-                parts = {"loss": loss(*z)}
+            # All chunks of a view go through the encoder in one forward: where a batch has seen
+            # one augmentation only, batch normalisation can undo it.
+            parts = arm(encoder, images)
             optimizer.zero_grad()
             parts["loss"].backward()
             optimizer.step()
+            schedule.step()
             bar.set_postfix({key: f"{part.item():.4f}" for key, part in parts.items()})
             seconds.append(time.perf_counter() - begin)
     return sorted(seconds)[len(seconds) // 2]
+
+
+class Measures(NamedTuple):
+    """What the table says of an encoder; all but kNN is of the head's unit embeddings."""
+
+    gap: Tensor  # the gap ratio without each of the shared draws in turn, (SHARED_DRAWS,)
+    shared: float  # its numerator
+    own: float  # and its denominator
+    share: float
+    composition: float
+    multiplicities: Tensor  # of the frequencies 0, 1, ...
+    deviation: float  # in radians
+    angles: Tensor  # eigen-angles of the fitted rotations, (ANGLES, subspace)
+    hue_error: float  # in degrees
+    accuracy: float
+    rank: float
+    mean_norm: float
 
 
 def mean_loss(z: Tensor) -> Tensor:
@@ -124,19 +229,61 @@ def with_error(left_out: Tensor) -> tuple[float, float]:
     return left_out.mean().item(), ((len(left_out) - 1) * left_out.var(correction=0)).sqrt().item()
 
 
-def rotation_share(z: Tensor, moved: Tensor) -> float:
-    """Return the share of the displacement that a rotation fitted on other rows explains."""
-    z, moved = normalize(z.double()), normalize(moved.double())
-    residual = 0.0
-    for fit, score in ((0, 1), (1, 0)):  # the even rows and the odd ones
-        rotation = fit_rotation(z[fit::2], moved[fit::2]).rotation
-        residual += (z[score::2] @ rotation - moved[score::2]).square().sum().item()
-    return 1 - residual / (z - moved).square().sum().item()
+def explained(z: Tensor, predicted: Tensor, moved: Tensor) -> float:
+    """Return the share of the displacement from `z` to `moved` that a prediction explains."""
+    return 1 - ((predicted - moved).square().sum() / (z - moved).square().sum()).item()
+
+
+def wrap(angle: Tensor) -> Tensor:
+    """Return the angle in [-pi, pi) of the same direction."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
+
+
+def frequencies(rotations: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Compare rotations `(T, d, d)` of uniform angles with a representation of the circle.
+
+    Return how often each frequency occurs, by characters (the mean of tr R cos k theta), the
+    eigen-angles `(T, d)`, and their mean distance from those of the nearest integer multiplicities.
+    """
+    t, d, _ = rotations.shape
+    traces = rotations.diagonal(dim1=1, dim2=2).sum(1)
+    multiplicities = torch.fft.rfft(traces).real[: t // 2] / t
+    counts = torch.zeros_like(multiplicities)
+    counts[0] = d
+    for _ in range(d // 2):  # make a plane of two constant directions, where that is nearer
+        distance = (multiplicities - counts).abs()
+        gain = 2 * (distance - (multiplicities - counts - 1).abs())
+        gain += distance[0] - (multiplicities[0] - counts[0] + 2).abs()
+        gain[0] = 0
+        if gain.max() <= 0:
+            break
+        counts[0] -= 2
+        counts[gain.argmax()] += 1
+    ks = torch.arange(len(counts)).repeat_interleave(counts.long())
+    ks = torch.cat([ks, -ks[ks > 0]])
+    theta = 2 * math.pi / t * torch.arange(t, dtype=traces.dtype)
+    wanted = wrap(theta[:, None] * ks).sort().values
+    found = torch.linalg.eigvals(rotations).angle().sort().values
+    # On a circle, the best assignment of sorted points is one of the cyclic shifts.
+    shifts = [wrap(found - wanted.roll(s, 1)).abs().mean(1) for s in range(d)]
+    return multiplicities, found, torch.stack(shifts).amin(0).mean().item()
+
+
+def fit_rotations(z: Tensor, turned: Tensor) -> Tensor:
+    """Fit a rotation of SO(d) to each turn: rows `(n, d)` and `(T, n, d)` to `(T, d, d)`."""
+    return fit_rotation(z.expand_as(turned), turned, special=True).rotation
+
+
+def principal_subspace(z: Tensor, share: float = 0.95) -> Tensor:
+    """Return a basis `(D, d)` of the directions that hold this share of the mean square of rows."""
+    values, vectors = torch.linalg.eigh(z.mT @ z)
+    held = values.flip(0).cumsum(0) / values.sum()
+    return vectors.flip(1)[:, : int((held < share).sum()) + 1]
 
 
 def effective_rank(z: Tensor) -> float:
     """Return exp of the entropy of the normalised singular values (Roy and Vetterli, 2007)."""
-    s = torch.linalg.svdvals(normalize(z.double()))
+    s = torch.linalg.svdvals(z)
     return torch.special.entr(s / s.sum()).sum().exp().item()
 
 
@@ -148,171 +295,248 @@ def knn_accuracy(backbone: nn.Module, training: Tensor, testing: Tensor, k: int 
     return (guess == torch.arange(len(y), device=y.device) // TESTING).double().mean().item()
 
 
-class Measures(NamedTuple):
-    """What the table says of an encoder; all but kNN is of the head's unit embeddings."""
-
-    gap: Tensor  # the gap ratio without each of the shared draws in turn, (SHARED_DRAWS,)
-    share: float
-    accuracy: float
-    rank: float
-    mean_norm: float
-
-
 @torch.no_grad()
 def measure(
-    encoder: nn.Sequential, training: Tensor, testing: Tensor, together: Tensor, apart: Tensor
+    encoder: nn.Sequential, training: Tensor, testing: Tensor, *, turned: bool = True
 ) -> Measures:
-    """Measure an encoder in eval mode, on views `(draws, n, 3, 32, 32)` of every fourth patch."""
+    """Measure an encoder in eval mode; turns of the hue on every fourth of the held-out patches."""
     encoder.eval()
-    z, *moved = (encoder(images) for images in (testing[::4], *together))
-    own = torch.stack([encoder(images) for images in apart])
+    generator = torch.Generator().manual_seed(0)  # every arm and seed is measured alike
+    draw = partial(random_angles, generator=generator)
+    images = turn_hue(testing[::4], draw(len(testing[::4])) * turned)
+    grid = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
+    pairs = torch.randint(ANGLES, (2, PAIRS), generator=generator)
+    asked = draw(len(images))
+
+    def embed(images: Tensor) -> Tensor:
+        return normalize(encoder(images).cpu().double())
+
+    def embed_turned(angles: Iterable[Tensor]) -> Tensor:
+        return torch.stack([embed(turn_hue(images, angle)) for angle in angles])
+
+    shared = mean_loss(embed_turned(draw(SHARED_DRAWS)))
+    own = mean_loss(embed_turned(draw(OWN_DRAWS, len(images)))).mean()
+    z, z_turned, z_asked = embed(images), embed_turned(grid), embed_turned([asked])[0]
+    twice = [turn_hue(turn_hue(images, a), b) for a, b in zip(*grid[pairs], strict=True)]
+    z_twice = torch.stack([embed(batch) for batch in twice])
+
+    predicted, composed = torch.empty_like(z_turned), torch.empty_like(z_twice)
+    for fit, score in ((0, 1), (1, 0)):  # rotations of the even rows for the odd ones, and back
+        rotations = fit_rotations(z[fit::2], z_turned[:, fit::2])
+        predicted[:, score::2] = z[score::2] @ rotations
+        composed[:, score::2] = z[score::2] @ rotations[pairs[0]] @ rotations[pairs[1]]
+    nearest = torch.linalg.vector_norm(predicted - z_asked, dim=-1).argmin(0)
+
+    basis = principal_subspace(z_turned.flatten(0, 1))
+    multiplicities, angles, deviation = frequencies(fit_rotations(z @ basis, z_turned @ basis))
     return Measures(
-        gap=mean_loss(torch.stack(moved)) / mean_loss(own).mean(),
-        share=sum(rotation_share(z, za) for za in moved) / len(moved),
+        gap=shared / own,
+        shared=shared.mean().item(),
+        own=own.item(),
+        share=explained(z, predicted, z_turned),
+        composition=explained(z, composed, z_twice),
+        multiplicities=multiplicities,
+        deviation=deviation,
+        angles=angles,
+        hue_error=wrap(grid[nearest] - asked).abs().median().rad2deg().item(),
         accuracy=knn_accuracy(encoder[0], training, testing),
         rank=effective_rank(z),
-        mean_norm=normalize(z).mean(0).norm().item(),
+        mean_norm=z.mean(0).norm().item(),
     )
 
 
-def table(results: dict[str, Measures], seconds: dict[str, float]) -> list[list[str]]:
-    """Return a header and a row an arm."""
-    names = "arm/gap ratio/minus placebo/±/rotation share/kNN/effective rank/mean norm/s per step"
-    rows = [names.split("/")]
+def table(results: dict[str, Measures], seconds: dict[str, float]) -> list[dict[str, str]]:
+    """Return a row for each arm, by column."""
+    rows = []
     for name, m in results.items():
-        difference, error = with_error(m.gap - results["placebo"].gap)
-        row = [name, f"{m.gap.mean():.3f}", f"{difference:+.3f}", f"{error:.3f}", f"{m.share:.3f}"]
-        row += [f"{m.accuracy:.3f}", f"{m.rank:.1f}", f"{m.mean_norm:.3f}"]
-        rows.append([*row, f"{seconds[name]:.2f}" if name in seconds else ""])
+        placebo = "placebo, uniformity" if "uniformity" in name else "placebo, three forwards"
+        difference, error = with_error(m.gap - results[placebo].gap)
+        shown = 1 + int((m.multiplicities.abs() >= 0.05).nonzero().max())  # the rest are zeros
+        rows.append(
+            {
+                "arm": name,
+                "gap ratio": f"{m.gap.mean():.3f}",
+                "minus placebo": f"{difference:+.3f}",
+                "±": f"{error:.3f}",
+                "shared hues": f"{m.shared:.1e}",
+                "own hues": f"{m.own:.1e}",
+                "rotation share": f"{m.share:.3f}",
+                "composition": f"{m.composition:.3f}",
+                "multiplicities": " ".join(f"{k:.2f}" for k in m.multiplicities[:shown].tolist()),
+                "deviation": f"{m.deviation:.4f}",
+                "hue error": f"{m.hue_error:.1f}",
+                "kNN": f"{m.accuracy:.3f}",
+                "effective rank": f"{m.rank:.1f}",
+                "mean norm": f"{m.mean_norm:.3f}",
+                "s per step": f"{seconds[name]:.3f}" if name in seconds else "",
+            }
+        )
     return rows
+
+
+def print_table(rows: list[dict[str, str]], columns: list[str]) -> None:
+    lines = [columns, *([row[column] for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, *cells in lines:
+        texts = (text.rjust(width) for text, width in zip(cells, widths[1:], strict=True))
+        print(name.ljust(widths[0]), *texts, sep="  ")
+    print()
 
 
 def print_findings(results: dict[str, Measures]) -> None:
     """Print what this run says, and what it cannot say."""
-    for care in ("CARE, four forwards", "CARE, two forwards"):
-        for other in ("placebo", "SimCLR"):
-            difference, error = with_error(results[care].gap - results[other].gap)
-            word = "below" if difference < 0 else "ABOVE"
-            if abs(difference) < 2 * error:
-                word = "not distinguishable from"
-            print(f"{care}: gap ratio {word} that of {other} ({difference:+.2f} ± {error:.2f}).")
-    base, placebo, *shares = (m.share for name, m in results.items() if name != "untrained")
-    gains = " and ".join(f"{share - base:+.2f}" for share in shares)
-    print(f"Rotation share over SimCLR's: CARE {gains}, the placebo {placebo - base:+.2f}.")
-    accuracies = [m.accuracy for name, m in results.items() if name != "untrained"]
-    spread, p = max(accuracies) - min(accuracies), sum(accuracies) / len(accuracies)
-    noise = 1.96 * (2 * p * (1 - p) / (10 * TESTING)) ** 0.5
-    print(f"kNN: the trained arms are within {spread:.3f}; less than {noise:.3f} is noise", end=" ")
-    print("(binomial, 95 %; more, as patches overlap).")
+    for care, other in (
+        ("CARE, three forwards", "placebo, three forwards"),
+        ("CARE, uniformity", "placebo, uniformity"),
+        ("CARE, four forwards", "SimCLR with hue"),
+    ):
+        difference, error = with_error(results[care].gap - results[other].gap)
+        word = "below" if difference < 0 else "ABOVE"
+        if abs(difference) < 2 * error:
+            word = "not distinguishable from"
+        print(f"{care}: gap ratio {word} that of {other} ({difference:+.2f} ± {error:.2f}).")
+    loss = results["SimCLR without hue"].accuracy - results["CARE, three forwards"].accuracy
+    print(f"kNN of SimCLR without hue minus that of CARE, three forwards: {loss:+.3f}.")
     print(
-        "± is one standard error over shared draws. One seed is no evidence: try --seed 1, 2, ..."
+        "± is one standard error over draws of the hue. One seed is no evidence: try --seed 0 1 2."
     )
 
 
-def figure(path: Path, results: dict[str, Measures], images: dict[str, Tensor]) -> None:
-    """Draw the kinds of views beside the two measures of equivariance."""
-    fig = Figure(figsize=(12, 4.4), layout="constrained")
-    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.1), wspace=0.05)
-    left.suptitle("What the arms see", fontweight="bold")
-    right.suptitle("What they learned, on parts of the photographs never seen", fontweight="bold")
-    for ax, (label, batch) in zip(left.subplots(len(images), 1), images.items(), strict=True):
-        row = torch.cat(list(F.pad(batch, (1, 1, 1, 1), value=1.0)), -1)
-        ax.imshow(row.clamp(0, 1).permute(1, 2, 0).cpu().numpy())
-        ax.set_title(label, fontsize=10, loc="left")
-        ax.axis("off")
-    gap, share = right.subplots(1, 2, sharey=True)
-    trained = {name: m for name, m in results.items() if name != "untrained"}
-    errors = [2 * with_error(m.gap - results["placebo"].gap)[1] for m in trained.values()]
-    ratios, shares = zip(*((m.gap.mean().item(), m.share) for m in trained.values()), strict=True)
-    for ax, values, whiskers in ((gap, ratios, errors), (share, shares, None)):
-        bars = ax.barh(list(trained), values, xerr=whiskers, color=COLOURS, ecolor="#333333")
-        ax.bar_label(bars, fmt="%.2f", padding=4)
-        ax.margins(x=0.15)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.tick_params(left=False)
-    gap.invert_yaxis()
-    gap.set(
-        title="gap ratio",
-        xlabel="lower is better; whiskers: 2 s.e.\nof the difference from placebo",
-    )
-    share.set(title="rotation share", xlabel="higher is better;\nthe placebo shares nothing")
+def ring_of_hues(ax: Axes, patch: Tensor, count: int = 12) -> None:
+    """Draw a patch `(3, 32, 32)` in several hues, at their angles on a circle."""
+    for angle in 2 * math.pi / count * torch.arange(count):
+        x, y = 3 * torch.cos(angle).item(), 3 * torch.sin(angle).item()
+        turned = turn_hue(patch[None], angle)[0].clamp(0, 1)
+        ax.imshow(
+            turned.permute(1, 2, 0).cpu().numpy(), extent=(x - 0.68, x + 0.68, y - 0.68, y + 0.68)
+        )
+    ax.annotate("", (1.2, 1.2), (1.7, 0), arrowprops=ARROW)
+    ax.text(0, 0, "θ", ha="center", va="center", fontsize=18)
+    ax.set(xlim=(-3.8, 3.8), ylim=(-3.8, 3.8))
+    ax.set_title("hue turned by θ", fontsize=11)
+    ax.axis("off")
+
+
+def eigen_angles(axes: Iterable[Axes], results: dict[str, Measures]) -> None:
+    """Draw the eigen-angles of the fitted rotations against the angle of the turn."""
+    theta = (360 / ANGLES * torch.arange(ANGLES)).numpy()
+    for ax, (name, m) in zip(axes, results.items(), strict=True):
+        colour = COLOURS.get(name, GREY)
+        for column in m.angles.rad2deg().mT.numpy():
+            ax.plot(theta, column, ".", markersize=2.5, color=colour)
+        ax.set_title(name.replace(", ", ",\n").replace(" without", "\nwithout"), fontsize=10)
+        ax.set(xticks=[0, 180, 360], yticks=[-180, 0, 180], ylim=(-190, 190))
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def gap_ratios(ax: Axes, runs: list[list[dict[str, str]]]) -> None:
+    """Draw the gap ratios of the arms, a dot for each seed."""
+    for place, arm in enumerate(zip(*runs, strict=True)):
+        name, ratios = arm[0]["arm"], [float(row["gap ratio"]) for row in arm]
+        ax.plot(ratios, [place] * len(ratios), "o", color=COLOURS.get(name, GREY), alpha=0.8)
+    ax.axvline(1, color=GREY, linewidth=1)
+    ax.set_yticks(range(len(runs[0])), [row["arm"] for row in runs[0]])
+    ax.set(xscale="log", xlim=(0.01, 1.6), xticks=[0.01, 0.1, 1])
+    ax.set_xticklabels(["0.01", "0.1", "1"])
+    ax.set_xlabel("gap ratio" + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""))
+    ax.invert_yaxis()
+    ax.tick_params(left=False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
+def figure(
+    path: Path, patch: Tensor, results: dict[str, Measures], runs: list[list[dict[str, str]]]
+) -> None:
+    """Draw the turns, what they do to the embeddings, and the gap ratios of all seeds."""
+    fig = Figure(figsize=(10, 4), facecolor="white", layout="constrained")
+    left, middle, right = fig.subfigures(1, 3, width_ratios=(1, 2, 1.7))
+    ring_of_hues(left.subplots(), patch)
+    names = ["SimCLR without hue", "placebo, three forwards", "CARE, three forwards"]
+    axes = middle.subplots(1, 3, sharey=True)
+    eigen_angles(axes, {name: results[name] for name in names})
+    axes[0].set_ylabel("eigen-angles of the rotation (degrees)")
+    axes[1].set_xlabel("θ (degrees)")
+    gap_ratios(right.subplots(), runs)
     fig.savefig(path, dpi=150)
+
+
+def load_patches() -> tuple[Tensor, Tensor]:
+    """Return the patches for training and for testing; every seed has the same."""
+    torch.manual_seed(0)
+    training, testing = [], []
+    for photo in photographs():
+        border = round(0.6 * photo.shape[2])
+        training.extend(patches(photo[..., :border], TRAINING))
+        testing.extend(patches(photo[..., border:], TESTING))
+    return torch.stack(training), torch.stack(testing)
+
+
+def run(
+    seed: int, training: Tensor, testing: Tensor, *, steps: int, weight: float, turned: bool
+) -> tuple[dict[str, Measures], dict[str, float]]:
+    """Train and measure all arms; return the measures and the seconds per step by arm."""
+    torch.manual_seed(seed)
+    untrained = network().to(training.device)
+    order = torch.stack([torch.randperm(len(training))[:BATCH] for _ in range(max(steps, 20))])
+    with torch.no_grad():
+        for rows in order[:20]:  # the statistics that batch normalisation needs in eval mode
+            untrained(training[rows])
+    results = {"untrained": measure(deepcopy(untrained), training, testing, turned=turned)}
+    seconds = {}
+    for name, arm in make_arms(weight).items():
+        torch.manual_seed(seed)
+        encoder = deepcopy(untrained)
+        batches = (
+            turn_hue(training[rows], random_angles(BATCH) * turned) for rows in order[:steps]
+        )
+        seconds[name] = train(name, arm, encoder, batches, steps)
+        results[name] = measure(encoder, training, testing, turned=turned)
+    return results, seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=80, help="training steps of an arm")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentations")
-    parser.add_argument("--weight", type=float, default=3.0, help="weight of the equivariance term")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of an arm")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="of weights, order and augmentations"
+    )
+    parser.add_argument("--weight", type=float, default=10.0, help="of the equivariance loss")
+    parser.add_argument(
+        "--natural", action="store_true", help="show each patch in its own hue, not in a random one"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("build/photos"))
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
 
-    torch.manual_seed(0)  # every seed has the same patches
-    pieces: tuple[list[Tensor], list[Tensor]] = [], []
-    for photo in photographs():
-        border = round(0.6 * photo.shape[2])
-        pieces[0].extend(patches(photo[..., :border], TRAINING))
-        pieces[1].extend(patches(photo[..., border:], TESTING))
-    training, testing = (torch.stack(part).to(args.device) for part in pieces)
-    own, shared = augmentation(shared=False), augmentation(shared=True)
-    assert_shared(shared, training[0])
-
-    torch.manual_seed(args.seed)
-    untrained = network().to(args.device)
-    order = torch.stack([torch.randperm(len(training))[:BATCH] for _ in range(max(args.steps, 20))])
-    with torch.no_grad():
-        for rows in order[:20]:  # the statistics that batch normalisation needs in eval mode
-            untrained(training[rows])
-
-    def ordinary(images: Tensor) -> tuple[Tensor, ...]:
-        return own(images), own(images)
-
-    def chunked(images: Tensor) -> tuple[Tensor, ...]:
-        return shared_views(images, shared, chunks=CHUNKS)[:2]
-
-    care = CAREloss(equivariance_weight=args.weight, chunks=CHUNKS)
-    care_shared = CAREloss(equivariance_weight=args.weight, chunks=CHUNKS, shared_views=True)
-    encoders, seconds = {"untrained": untrained}, {}
-    for name, loss, views in (
-        ("SimCLR", InfoNCELoss(), ordinary),
-        ("placebo", care, lambda images: ordinary(images) + ordinary(images)),
-        ("CARE, four forwards", care, lambda images: ordinary(images) + chunked(images)),
-        ("CARE, two forwards", care_shared, chunked),
-    ):
-        torch.manual_seed(args.seed)
-        encoders[name] = deepcopy(untrained)
-        seconds[name] = train(name, encoders[name], loss, views, training, order[: args.steps])
-
-    torch.manual_seed(0)  # every seed is measured under the same draws
-    together = torch.stack([shared(testing[::4]) for _ in range(SHARED_DRAWS)])
-    apart = torch.stack([own(testing[::4]) for _ in range(OWN_DRAWS)])
-    results = {
-        name: measure(encoder, training, testing, together, apart)
-        for name, encoder in encoders.items()
-    }
-    rows = table(results, seconds)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        texts = (text.rjust(width) for text, width in zip(cells, widths[1:], strict=True))
-        print(name.ljust(widths[0]), *texts, sep="  ")
-    print_findings(results)
-
+    training, testing = (part.to(args.device) for part in load_patches())
+    assert_shared(one_turn, training[0])
     args.output.mkdir(parents=True, exist_ok=True)
-    with open(args.output / "photos.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    torch.manual_seed(10)  # of draws that are easy to tell apart
-    sample = training[237::TRAINING]  # one of each photograph
-    kinds = {
-        "patches, one of each photograph": sample,
-        "ordinary view: every patch has its own augmentation": own(sample),
-        "chunk-shared view: one augmentation for all patches": shared(sample),
-        "the other chunk-shared view: another one for all": shared(sample),
-    }
-    figure(args.output / "photos.png", results, kinds)
-    print("Wrote", args.output / "photos.csv", "and", args.output / "photos.png")
+    first, runs = None, []
+    for seed in args.seed:
+        results, seconds = run(
+            seed,
+            training,
+            testing,
+            steps=args.steps,
+            weight=args.weight,
+            turned=not args.natural,
+        )
+        first = first or results
+        rows = table(results, seconds)
+        runs.append(rows)
+        for columns in (EQUIVARIANCE, EMBEDDING):
+            print_table(rows, ["arm", *columns])
+        print_findings(results)
+        path = args.output / f"photos-seed{seed}.csv"
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print("Wrote", path)
+    figure(args.output / "photos.png", training[PICTURED], first, runs)
+    print("Wrote", args.output / "photos.png")
 
 
 if __name__ == "__main__":
