@@ -213,6 +213,7 @@ DEMONSTRATION = (
     ("", ["rotation share", "composition", "hue error"]),
     ("", ["multiplicities", "deviation"]),
     ("", ["kNN", "effective rank", "mean norm", "s per step"]),
+    ("natural", ["gap ratio", "composition", "multiplicities", "deviation", "kNN", "mean norm"]),
 )
 
 
