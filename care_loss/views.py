@@ -49,8 +49,9 @@ def augment_chunks(
         loss = criterion(z1, z2, z1, e, chunks=chunks)
 
     What `turn` does must not be part of `ordinary`: an augmentation that is in both is ignored by
-    the embedding. In training mode, batch normalisation uses the statistics of each of the three
-    batches; all chunks must go through it in one forward, as they do here.
+    the embedding. In training mode, batch normalisation normalises each of the three batches by its
+    own statistics. Embed all chunks of a view in one forward: in a forward of one chunk, whose
+    images share one augmentation, batch normalisation could undo it.
 
     Args:
         images: A batch of images, `(N, ...)` with `N >= 2`.

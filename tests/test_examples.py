@@ -126,3 +126,41 @@ def test_three_forwards_turn_the_embedding_and_the_placebo_does_not(photos):
         photos.train(name, arms[name], encoder, (photos.own_turns(training[r]) for r in order), 60)
         gaps[name] = photos.measure(encoder, training, testing[::2]).gap.mean()
     assert gaps["CARE, three forwards"] < 0.5 * gaps["placebo, three forwards"]
+
+
+class PlantedEncoder(torch.nn.Sequential):
+    """Embed an image by its brightness, its mean chroma and the square of that: an exact answer."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Flatten())
+
+    def forward(self, images):
+        mean = images.double().mean((2, 3))
+        third = 2 * math.pi / 3 * torch.arange(3, dtype=FLOAT64)
+        chroma = torch.complex(mean @ torch.cos(third), mean @ torch.sin(third))
+        planes = [chroma, chroma**2 / (chroma.abs() + 1e-12)]
+        parts = [part for plane in planes for part in (plane.real, plane.imag)]
+        return torch.stack([mean.mean(1), *parts], -1)
+
+
+def test_an_encoder_that_turns_exactly_has_the_exact_measures(photos):
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand(7000, 3, 1, 1, generator=generator).expand(-1, -1, 2, 2)  # saturated
+    measures = photos.measure(PlantedEncoder(), patches[:5000], patches[5000:])
+    assert measures.gap.max() < 1e-8
+    assert measures.share > 1 - 1e-8
+    assert measures.composition > 1 - 1e-8
+    wanted = torch.tensor([1.0, 1, 1] + [0] * 33, dtype=FLOAT64)
+    torch.testing.assert_close(measures.multiplicities, wanted, atol=1e-6, rtol=0)
+    assert measures.deviation < 1e-5
+    assert measures.hue_error < 2.5  # half a step of the grid
+
+
+@pytest.mark.parametrize(
+    "options", [("--steps", "0"), ("--weight", "-1"), ("--weight", "nan"), ("--seed", "1", "1")]
+)
+def test_photos_refuses_bad_options_before_any_work(photos, monkeypatch, capsys, options):
+    monkeypatch.setattr(sys, "argv", ["photos.py", *options])
+    with pytest.raises(SystemExit):
+        photos.main()
+    assert f"{options[0]} must" in capsys.readouterr().err

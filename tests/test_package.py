@@ -209,11 +209,12 @@ def test_links_between_the_pages_lead_somewhere(page):
 
 
 DEMONSTRATION = (
-    ("", ["gap ratio", "minus placebo", "±", "shared hues", "own hues"]),
+    ("", ["gap ratio", "minus control", "±", "shared hues", "own hues"]),
     ("", ["rotation share", "composition", "hue error"]),
     ("", ["multiplicities", "deviation"]),
     ("", ["kNN", "effective rank", "mean norm", "s per step"]),
-    ("natural", ["gap ratio", "composition", "multiplicities", "deviation", "kNN", "mean norm"]),
+    ("natural", ["gap ratio", "minus control", "rotation share", "composition", "kNN"]),
+    ("natural", ["multiplicities", "deviation", "mean norm"]),
 )
 
 

@@ -9,7 +9,8 @@ group. Crops and flips are what the embedding shall ignore. Each patch is shown 
 which is the same in all of its views: a rotation that is fitted for one turn can only be applied
 after another one if the network has learned from patches that were turned already.
 
-All arms start from the same weights and see the same minibatches:
+All arms start from the same weights and see the same patches in the same order; crops, flips and
+hues are drawn anew in each arm:
 
 * SimCLR with hue: InfoNCE, each view has its own crop, flip and hue.
 * SimCLR without hue: the same without turns of the hue.
@@ -24,8 +25,8 @@ All arms start from the same weights and see the same minibatches:
 The main result is the gap ratio: how much the Gram matrix of held-out patches differs between two
 turns of the hue that all patches share, divided by how much it differs where each patch has its
 own. It is near 0 where a turn of the hue acts as one rotation, and near 1 for an encoder that
-ignores the hue. The default run takes between three and four minutes on two idle CPU cores, and
-writes a table and a figure:
+ignores the hue. One seed takes three to four minutes on two idle CPU cores. The run writes a table
+and a figure:
 
     python docs/examples/photos.py --seed 1 --output build/photos
 """
@@ -33,6 +34,7 @@ writes a table and a figure:
 import argparse
 import csv
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -65,7 +67,12 @@ TRAINING, TESTING = 500, 200  # patches of each photograph
 ANGLES, PAIRS = 72, 24  # turns that rotations are fitted for, and pairs of them that are composed
 SHARED_DRAWS, OWN_DRAWS = 24, 8  # turns to average the gap ratio over
 PICTURED = 1100  # the training patch in the figure
-EQUIVARIANCE = ["gap ratio", "minus placebo", "±", "shared hues", "own hues", "rotation share"]
+CONTROLS = {
+    "CARE, four forwards": "SimCLR with hue",
+    "CARE, three forwards": "placebo, three forwards",
+    "CARE, uniformity": "placebo, uniformity",
+}
+EQUIVARIANCE = ["gap ratio", "minus control", "±", "shared hues", "own hues", "rotation share"]
 EQUIVARIANCE += ["composition"]
 EMBEDDING = ["multiplicities", "deviation", "hue error", "kNN", "effective rank", "mean norm"]
 EMBEDDING += ["s per step"]
@@ -200,7 +207,7 @@ def train(name: str, arm: Arm, encoder: nn.Module, batches: Iterable[Tensor], st
 class Measures(NamedTuple):
     """What the table says of an encoder; all but kNN is of the head's unit embeddings."""
 
-    gap: Tensor  # the gap ratio without each of the shared draws in turn, (SHARED_DRAWS,)
+    gap: Tensor  # the gap ratio without each of the shared turns in turn, (SHARED_DRAWS,)
     shared: float  # its numerator
     own: float  # and its denominator
     share: float
@@ -250,7 +257,9 @@ def frequencies(rotations: Tensor) -> tuple[Tensor, Tensor, float]:
     multiplicities = torch.fft.rfft(traces).real[: t // 2] / t
     counts = torch.zeros_like(multiplicities)
     counts[0] = d
-    for _ in range(d // 2):  # make a plane of two constant directions, where that is nearer
+    # The nearest counts have the least sum of absolute differences over all directions. Each term
+    # is convex, so turning two constant directions into the best plane, one at a time, finds them.
+    for _ in range(d // 2):
         distance = (multiplicities - counts).abs()
         gain = 2 * (distance - (multiplicities - counts - 1).abs())
         gain += distance[0] - (multiplicities[0] - counts[0] + 2).abs()
@@ -321,10 +330,12 @@ def measure(
     z_twice = torch.stack([embed(batch) for batch in twice])
 
     predicted, composed = torch.empty_like(z_turned), torch.empty_like(z_twice)
-    for fit, score in ((0, 1), (1, 0)):  # rotations of the even rows for the odd ones, and back
-        rotations = fit_rotations(z[fit::2], z_turned[:, fit::2])
-        predicted[:, score::2] = z[score::2] @ rotations
-        composed[:, score::2] = z[score::2] @ rotations[pairs[0]] @ rotations[pairs[1]]
+    # Patches of one photograph overlap, so the halves are photographs: five, and the other five.
+    halves = torch.arange(len(z)).chunk(2)
+    for fit, score in (halves, halves[::-1]):
+        rotations = fit_rotations(z[fit], z_turned[:, fit])
+        predicted[:, score] = z[score] @ rotations
+        composed[:, score] = z[score] @ rotations[pairs[0]] @ rotations[pairs[1]]
     nearest = torch.linalg.vector_norm(predicted - z_asked, dim=-1).argmin(0)
 
     basis = principal_subspace(z_turned.flatten(0, 1))
@@ -349,15 +360,15 @@ def table(results: dict[str, Measures], seconds: dict[str, float]) -> list[dict[
     """Return a row for each arm, by column."""
     rows = []
     for name, m in results.items():
-        placebo = "placebo, uniformity" if "uniformity" in name else "placebo, three forwards"
-        difference, error = with_error(m.gap - results[placebo].gap)
+        control = results.get(CONTROLS.get(name, ""))
+        difference, error = with_error(m.gap - control.gap) if control else (0.0, 0.0)
         shown = 1 + int((m.multiplicities.abs() >= 0.05).nonzero().max())  # the rest are zeros
         rows.append(
             {
                 "arm": name,
                 "gap ratio": f"{m.gap.mean():.3f}",
-                "minus placebo": f"{difference:+.3f}",
-                "±": f"{error:.3f}",
+                "minus control": f"{difference:+.3f}" if control else "",
+                "±": f"{error:.3f}" if control else "",
                 "shared hues": f"{m.shared:.1e}",
                 "own hues": f"{m.own:.1e}",
                 "rotation share": f"{m.share:.3f}",
@@ -385,20 +396,16 @@ def print_table(rows: list[dict[str, str]], columns: list[str]) -> None:
 
 def print_findings(results: dict[str, Measures]) -> None:
     """Print what this run says, and what it cannot say."""
-    for care, other in (
-        ("CARE, three forwards", "placebo, three forwards"),
-        ("CARE, uniformity", "placebo, uniformity"),
-        ("CARE, four forwards", "SimCLR with hue"),
-    ):
-        difference, error = with_error(results[care].gap - results[other].gap)
-        word = "below" if difference < 0 else "ABOVE"
-        if abs(difference) < 2 * error:
-            word = "not distinguishable from"
-        print(f"{care}: gap ratio {word} that of {other} ({difference:+.2f} ± {error:.2f}).")
+    for care, control in CONTROLS.items():
+        difference, error = with_error(results[care].gap - results[control].gap)
+        word = "not distinguishable from"
+        if abs(difference) > 2 * error:
+            word = "below" if difference < 0 else "ABOVE"
+        print(f"{care}: gap ratio {word} that of {control} ({difference:+.2f} ± {error:.2f}).")
     loss = results["SimCLR without hue"].accuracy - results["CARE, three forwards"].accuracy
     print(f"kNN of SimCLR without hue minus that of CARE, three forwards: {loss:+.3f}.")
     print(
-        "± is one standard error over draws of the hue. One seed is no evidence: try --seed 0 1 2."
+        "± is one standard error over the shared turns. One seed is no evidence: try --seed 0 1 2."
     )
 
 
@@ -433,6 +440,7 @@ def gap_ratios(ax: Axes, runs: list[list[dict[str, str]]]) -> None:
     """Draw the gap ratios of the arms, a dot for each seed."""
     for place, arm in enumerate(zip(*runs, strict=True)):
         name, ratios = arm[0]["arm"], [float(row["gap ratio"]) for row in arm]
+        ratios = [min(max(ratio, 0.01), 1.6) for ratio in ratios]  # the limits of the axis
         ax.plot(ratios, [place] * len(ratios), "o", color=COLOURS.get(name, GREY), alpha=0.8)
     ax.axvline(1, color=GREY, linewidth=1)
     ax.set_yticks(range(len(runs[0])), [row["arm"] for row in runs[0]])
@@ -490,6 +498,8 @@ def run(
             turn_hue(training[rows], random_angles(BATCH) * turned) for rows in order[:steps]
         )
         seconds[name] = train(name, arm, encoder, batches, steps)
+        if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
+            sys.exit(f"{name}: the training diverged, its weights are not finite; lower --weight")
         results[name] = measure(encoder, training, testing, turned=turned)
     return results, seconds
 
@@ -509,6 +519,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
+    if not 0 <= args.weight < math.inf:
+        parser.error(f"--weight must be finite and at least 0, got {args.weight}")
+    if len(set(args.seed)) < len(args.seed):
+        parser.error(f"--seed must not name a seed twice, got {args.seed}")
 
     training, testing = (part.to(args.device) for part in load_patches())
     assert_shared(one_turn, training[0])
