@@ -5,25 +5,36 @@ them is one batch, and `reduction="mean"` averages over them too (the mean over 
 NaN, as everywhere in PyTorch). Half types are computed in float32 at least and give a float32 loss;
 float64 stays float64. No function makes the host wait for a GPU.
 
-Autocast is disabled around the matrix products of the forward. If the backward runs under autocast
-as well (inside its context, or compiled there), the gradient of InfoNCE is rounded to 16 bits like
-that of any other layer. The equivariance, uniformity and alignment losses would lose too much by
-this, and are computed in float64.
+InfoNCE and the equivariance loss are stated here as plain compositions of PyTorch operations. Where
+first derivatives are enough, they are computed with gradients derived by hand, in less time and
+memory; `torch.compile`, `torch.func`, forward mode and second derivatives use the plain
+composition.
+
+Autocast is disabled around matrix products. InfoNCE follows PyTorch's setting of the precision of
+float32 products (TF32, say). The equivariance, uniformity and alignment losses would lose too much
+by this: they are computed in float64, or, for chunks up to five times as long as the embedding
+dimension and float32 products that are not rounded further, in float32. If a compiled backward runs
+under autocast, the gradient of InfoNCE is rounded to 16 bits like that of any other layer.
 """
 
 import math
-from typing import Literal, cast
+from functools import partial
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
+from care_loss._kernels.gram_gap import gram_gap
+from care_loss._kernels.info_nce import info_nce
+from care_loss._kernels.paths import by_hand
 from care_loss._numerics import computed_in, exact, without_autocast
 from care_loss.sphere import normalize
 
 Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
+Size = TypeVar("Size", float, Tensor)
 
 
 def info_nce_loss(
@@ -78,26 +89,13 @@ def info_nce_loss(
     _checks.reduction(reduction)
     if negatives is not None:
         _checks.queue(negatives, z1)
-    u, v = _unit_rows(z1), _unit_rows(z2)
-    with without_autocast(z1):
-        scaled = u / temperature
-        positive = (scaled * v).sum(-1)
-        if negatives is not None:
-            queue = _unit_rows(negatives).to(u.dtype)
-            negative = (scaled @ queue.mT).logsumexp(-1)
-        else:
-            own = torch.eye(z1.shape[-2], dtype=torch.bool, device=z1.device)
-            # One block of products serves the anchors of both views, by rows and by columns.
-            across = (scaled @ v.mT).masked_fill_(own, -torch.inf)
-            within1 = (scaled @ u.mT).masked_fill_(own, -torch.inf)
-            within2 = (v / temperature @ v.mT).masked_fill_(own, -torch.inf)
-            negative1 = torch.logaddexp(within1.logsumexp(-1), across.logsumexp(-1))
-            negative2 = torch.logaddexp(within2.logsumexp(-1), across.logsumexp(-2))
-            negative = torch.stack((negative1, negative2), -2)
-            positive = positive.unsqueeze(-2)
-        # Not F.softplus: it drops e^-20 = 2e-9 beyond its threshold, a relative 1e-10.
-        loss = -F.logsigmoid(positive - negative)
-    return loss.mean() if reduction == "mean" else loss
+    mean = reduction == "mean"
+    if negatives is not None:
+        return _info_nce_of_queue(z1, z2, temperature, negatives, mean)
+    plain = partial(_info_nce, mean=mean)
+    if by_hand(z1, z2, temperature):
+        return info_nce(z1, z2, temperature, mean=mean, plain=plain)
+    return plain(z1, z2, temperature)
 
 
 def equivariance_loss(
@@ -156,19 +154,20 @@ def equivariance_loss(
     chunks = _checks.chunks(chunks, z1.shape[-2], z1.device)
     _checks.scale(scale)
     _checks.reduction(reduction, chunks)
+    mean = reduction == "mean"
     plan = _chunks.plan(chunks, z1.shape[-2])
     if plan is None:
         loss = _gap_by_id(z1, z2, cast(Tensor, chunks), scale)
-    else:
-        order, runs = plan
-        _checks.pairs(runs)
-        if order is not None:
-            z1, z2 = (z.index_select(-2, order.to(z.device, non_blocking=True)) for z in (z1, z2))
-        u, v = (_chunks.split(_exact_unit_rows(z), runs) for z in (z1, z2))
-        gaps = [_gap_of_chunks(p, q, scale) for p, q in zip(u, v, strict=True)]
-        loss = torch.cat(gaps, -1)
-    loss = loss.to(computed_in(z1))
-    return loss.mean() if reduction == "mean" else loss
+        return loss.mean() if mean else loss
+    order, runs = plan
+    _checks.pairs(runs)
+    if order is not None:
+        order = order.to(z1.device, non_blocking=True)
+    weights = [_pair_weight(n, scale) for _, n in runs]
+    plain = partial(_gap_of_chunks, order=order, runs=runs, weights=weights, mean=mean)
+    if by_hand(z1, z2):
+        return gram_gap(z1, z2, order, runs, weights, mean=mean, plain=plain)
+    return plain(z1, z2)
 
 
 def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
@@ -257,9 +256,57 @@ def _exact_unit_rows(z: Tensor) -> Tensor:
     return normalize(exact(z))
 
 
-def _gap_of_chunks(u: Tensor, v: Tensor, scale: Scale) -> Tensor:
-    """Return the loss of each chunk, `(*, k, n, D)` -> `(*, k)`."""
-    return _squared_gap(u, v).sum((-2, -1)) * _pair_weight(u.shape[-2], scale)
+def _info_nce(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, mean: bool) -> Tensor:
+    """Return the loss of the rows of two views, from the products of all rows."""
+    u, v = _unit_rows(z1), _unit_rows(z2)
+    with without_autocast(z1):
+        scaled = u / temperature
+        own = torch.eye(z1.shape[-2], dtype=torch.bool, device=z1.device)
+        # One block of products serves the anchors of both views, by rows and by columns.
+        across = (scaled @ v.mT).masked_fill_(own, -torch.inf)
+        within1 = (scaled @ u.mT).masked_fill_(own, -torch.inf)
+        within2 = (v / temperature @ v.mT).masked_fill_(own, -torch.inf)
+        negative1 = torch.logaddexp(within1.logsumexp(-1), across.logsumexp(-1))
+        negative2 = torch.logaddexp(within2.logsumexp(-1), across.logsumexp(-2))
+        negative = torch.stack((negative1, negative2), -2)
+        loss = _contrast((scaled * v).sum(-1).unsqueeze(-2), negative)
+    return loss.mean() if mean else loss
+
+
+def _info_nce_of_queue(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, negatives: Tensor, mean: bool
+) -> Tensor:
+    """Return the loss of the anchors `z1`, whose only negatives are those given."""
+    u, v = _unit_rows(z1), _unit_rows(z2)
+    with without_autocast(z1):
+        scaled = u / temperature
+        queue = _unit_rows(negatives).to(u.dtype)
+        loss = _contrast((scaled * v).sum(-1), (scaled @ queue.mT).logsumexp(-1))
+    return loss.mean() if mean else loss
+
+
+def _contrast(positive: Tensor, negative: Tensor) -> Tensor:
+    """Return the loss, from the score of the positive and the log of the sum over negatives."""
+    # Not F.softplus: it drops e^-20 = 2e-9 beyond its threshold, a relative 1e-10.
+    return -F.logsigmoid(positive - negative)
+
+
+def _gap_of_chunks(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    order: Tensor | None,
+    runs: list[tuple[int, int]],
+    weights: list[float],
+    mean: bool,
+) -> Tensor:
+    """Return the loss of chunks, from the Gram matrices of each."""
+    if order is not None:
+        z1, z2 = (z.index_select(-2, order) for z in (z1, z2))
+    u, v = (_chunks.split(_exact_unit_rows(z), runs) for z in (z1, z2))
+    gaps = [_squared_gap(p, q).sum((-2, -1)) * w for p, q, w in zip(u, v, weights, strict=True)]
+    loss = torch.cat(gaps, -1).to(computed_in(z1))
+    return loss.mean() if mean else loss
 
 
 def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
@@ -273,16 +320,17 @@ def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
     # The clamp keeps rows without a partner finite; no pair carries their weight.
     weight = together * _pair_weight(n.clamp_min(2), scale)
     chunks = ((n > 1) / n).sum()  # 0 where no id occurs twice: the loss is NaN
-    return (_squared_gap(u, v) * weight).sum((-2, -1)) / chunks
+    return ((_squared_gap(u, v) * weight).sum((-2, -1)) / chunks).to(computed_in(z1))
 
 
 def _squared_gap(u: Tensor, v: Tensor) -> Tensor:
-    """Square the differences of Gram matrices above the diagonal, `(*, n, D)` -> `(*, n, n)`."""
+    """Square the differences of Gram matrices off the diagonal, `(*, n, D)` -> `(*, n, n)`."""
     with without_autocast(u):
-        return (u @ u.mT - v @ v.mT).triu(1).square()
+        own = torch.eye(u.shape[-2], dtype=torch.bool, device=u.device)
+        return (u @ u.mT - v @ v.mT).masked_fill(own, 0).square()
 
 
-def _pair_weight(n: int | Tensor, scale: Scale) -> float | Tensor:
-    """Return what a pair i < j counts in a chunk of `n` rows."""
-    mean = 2 / (n * (n - 1))
+def _pair_weight(n: Size, scale: Scale) -> Size:
+    """Return what each of the pairs (i, j) and (j, i) weighs in a chunk of `n` rows."""
+    mean = 1 / (n * (n - 1))
     return mean if scale == "mean" else 2 * (n - 1) * mean

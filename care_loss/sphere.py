@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
+from care_loss._kernels.unit_rows import unit_rows
 from care_loss._numerics import computed_in, exact, function, normal
 
 
@@ -53,15 +54,7 @@ def normalize(x: Tensor) -> Tensor:
                 [0.6000, 0.8000]])
     """
     _checks.vectors(x=x)
-    y = x.to(computed_in(x))
-    # x/‖x‖ does not change when x is divided by a constant, and the largest entry may be treated
-    # as one: it brings every sum of squares into [1, D]. Dividing a zero row by infinity makes both
-    # the row and its gradient exactly 0.
-    largest = y.detach().abs().amax(-1, keepdim=True)
-    y = y / torch.where(largest == 0, torch.inf, largest)
-    # Only zero rows are below 1, so the clamp changes nothing else.
-    length = y.square().sum(-1, keepdim=True).clamp_min(1).sqrt()
-    return (y / length).to(x.dtype)
+    return unit_rows(x.to(computed_in(x)))[0].to(x.dtype)
 
 
 def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import unittest.mock
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,9 +61,13 @@ def test_equivariance_is_the_authors_formula_for_200_random_shapes(scale, dtype,
         expected = reference.equivariance(z1.cpu(), z2.cpu(), chunks, scale)
         loss = equivariance_loss(z1, z2, chunks=chunks, scale=scale, reduction="none")
         assert loss.shape == (min(chunks, len(z1) // 2),)
-        assert_close(loss, expected, TOLERANCE[dtype])
+        # Products of rows are rounded by eps, before their difference is squared.
+        factor = 1 if scale == "mean" else 2 * len(z1)
+        atol = 8 * torch.finfo(dtype).eps * np.sqrt(factor * expected)
+        error = np.abs(loss.cpu().double().numpy() - expected)
+        assert (error <= TOLERANCE[dtype] * expected + atol).all()
         mean = equivariance_loss(z1, z2, chunks=chunks, scale=scale)
-        assert_close(mean, expected.mean(), TOLERANCE[dtype])
+        assert_close(mean, expected.mean(), TOLERANCE[dtype], atol.mean())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -166,7 +171,7 @@ def test_ids_cost_the_products_within_chunks_only(shuffled):
 
     with Products():
         equivariance_loss(*torch.randn(2, 64, 8), chunks=ids)
-    assert sizes == [16 * 4 * 4] * 2
+    assert sum(sizes) == 2 * 16 * 4 * 4
 
 
 @pytest.mark.parametrize(("n", "chunks"), [(13, 8), (3, 2), (2, 100)])
@@ -415,16 +420,21 @@ def test_no_operation_waits_for_the_device(loss, device):
         assert not SYNCHRONISING & set(names)
 
 
-def test_the_number_of_operations_does_not_grow_with_chunks_or_rows(device):
+def test_the_number_of_operations_is_small_and_does_not_grow_with_chunks_or_rows(device):
     def count(n, chunks):
-        def loss(z1, z2):
-            return equivariance_loss(z1, z2, chunks=chunks) + info_nce_loss(z1, z2)
-
-        return len(operations(loss, n, 5, device=device))
+        each = [
+            len(operations(loss, n, 128, device=device))
+            for loss in (info_nce_loss, partial(equivariance_loss, chunks=chunks))
+        ]
+        return tuple(each)
 
     assert count(8, 2) == count(256, 2) == count(256, 64)
-    ragged = count(250, 64)  # chunks of two sizes
-    assert ragged == count(250, 8) < 2 * count(256, 64)
+    nce, equivariance = count(256, 16)
+    assert nce <= 65
+    assert equivariance <= 55
+    nce, ragged = count(250, 64)  # chunks of two sizes
+    assert (nce, ragged) == count(250, 8)
+    assert ragged <= 80
 
 
 @pytest.mark.parametrize(("plain", "loss"), PLAIN.values(), ids=PLAIN)
@@ -433,27 +443,27 @@ def test_the_number_of_operations_does_not_grow_with_chunks_or_rows(device):
 def test_errors_are_at_most_twice_those_of_the_formula_in_float32(
     plain, loss, dtype, noise, device
 ):
-    eps = torch.finfo(torch.float32).eps
     for n, d in ((16, 8), (64, 128), (256, 32)):
-        z = torch.randn(n, d, device=device)
-        z1, z2 = z.to(dtype), (z + noise * torch.randn_like(z)).to(dtype)
-        results = []
-        for function, precision in (
-            (plain, torch.float64),
-            (plain, torch.float32),
-            (loss, dtype),
-        ):
-            leaves = [x.to(precision).requires_grad_() for x in (z1, z2)]
-            value = function(*leaves)
-            results.append([value, *torch.autograd.grad(value, leaves)])
-        for exact, theirs, ours in zip(*results, strict=True):
-            size = exact.norm()
-            error, bound = ((x.double() - exact).norm() for x in (ours, theirs))
-            # What rounding the result itself, a gradient in the dtype of the rows, makes of it.
-            limits = torch.finfo(ours.dtype)
-            subnormal = limits.smallest_normal * limits.eps * math.sqrt(ours.numel())
-            rounding = limits.eps * size + subnormal if ours.ndim else eps * size
-            assert error <= 2 * bound + rounding
+        ours, theirs, rounding = [], [], []
+        for _ in range(12):
+            z = torch.randn(n, d, device=device)
+            views = z.to(dtype), (z + noise * torch.randn_like(z)).to(dtype)
+            truth = value_and_grad(plain, *(z.double() for z in views))
+            ours.append(relative_errors(value_and_grad(loss, *views), truth))
+            theirs.append(
+                relative_errors(value_and_grad(plain, *(z.float() for z in views)), truth)
+            )
+            rounding.append([2**-24, rounding_to(dtype, truth[1])])
+        # The error of a single value may be 0 by chance.
+        ours, theirs, rounding = (np.square(x).mean(0) ** 0.5 for x in (ours, theirs, rounding))
+        assert (ours <= 2 * theirs + rounding).all()
+
+
+def rounding_to(dtype, x):
+    """What rounding to a dtype, with its subnormal numbers, may change `x` by, relative to it."""
+    limits = torch.finfo(dtype)
+    subnormal = limits.smallest_normal * limits.eps * math.sqrt(x.numel())
+    return limits.eps / 2 + subnormal / 2 / x.norm().item()
 
 
 def test_nearly_equal_rows_have_accurate_distances_and_gradients(device):

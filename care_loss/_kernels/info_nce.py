@@ -1,0 +1,240 @@
+"""InfoNCE over the rows of two views, with its gradient.
+
+With unit rows u, s_ij = u_i · u_j / τ and the positive p(i) of row i, the quantities of an anchor:
+
+    a_i = log Σ_{j ≠ i, p(i)} exp(s_ij)         the log of the sum over its negatives
+    ℓ_i = softplus(a_i - s_ip)                  its loss
+    t_i = s_ip + ℓ_i                            the log of the sum over all of its row
+    q_i = sigmoid(a_i - s_ip)                   the share of the negatives in that sum
+
+The gradient of Σ g_i ℓ_i with respect to u is W u / τ. W is symmetric and 0 on the diagonal, and
+
+    W_ij = g_i exp(s_ij - t_i) + g_j exp(s_ij - t_j)        for j ≠ i, p(i)
+    W_ip = -g_i q_i - g_p q_p
+
+The dense form keeps one matrix and finds the gradient in the forward. The tiled form keeps none: it
+visits the tiles on and above the diagonal, in the forward for the sums and again in the backward,
+and each tile serves both its rows and its columns.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from care_loss._kernels.paths import Input, Plain, is_dense, need_gradient, plain_gradients
+from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
+from care_loss._numerics import computed_in, exact, without_autocast
+
+TILE = (256, 1024)  # rows and columns: a tile and its weights fit a second-level cache
+
+
+def info_nce(z1: Tensor, z2: Tensor, temperature: Input, *, mean: bool, plain: Plain) -> Tensor:
+    """Return the mean loss `()`, or the loss of each anchor `(*, 2, N)`.
+
+    `plain` is the plain composition of the same, a function of the three inputs.
+    """
+    derive = need_gradient(z1, z2, temperature)
+    inputs = (z1, z2, temperature, plain, derive)
+    if mean and is_dense(2 * z1.shape[-2]):
+        loss: Tensor = _Dense.apply(*inputs)  # type: ignore[no-untyped-call]
+        return loss
+    losses: Tensor = _Tiled.apply(*inputs)  # type: ignore[no-untyped-call]
+    return losses.mean() if mean else losses
+
+
+class _Dense(Function):
+    """The mean loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, derive: bool
+    ) -> Tensor:
+        n = z1.shape[-2]
+        u, length = _unit_rows(z1, z2)
+        with without_autocast(u):
+            scores = u / temperature @ u.mT
+            pairs = scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
+            positive = pairs[..., 0, 1, :].clone().unsqueeze(-2)
+            if _bounded(temperature):
+                scores.exp_()
+                pairs.zero_()
+                negative = scores.sum(-1).log()
+            else:
+                pairs.fill_(-torch.inf)
+                negative = scores.logsumexp(-1)
+            losses, total, share = _losses(positive, negative.unflatten(-1, (2, n)))
+            if derive:
+                total = total.flatten(-2)
+                if _bounded(temperature):
+                    weight = torch.exp(-total)
+                    scores.mul_(weight.unsqueeze(-1) + weight.unsqueeze(-2))
+                else:
+                    scores = scores.sub_(total.unsqueeze(-1)).exp_()
+                    scores = scores + scores.mT
+                pull = share.sum(-2).neg_()
+                scores.diagonal(n, -2, -1).copy_(pull)
+                scores.diagonal(-n, -2, -1).copy_(pull)
+                gradient = (scores @ u).div_(temperature * max(losses.numel(), 1))
+                _save(ctx, z1, z2, temperature, plain, *gradient_of_rows(gradient, u, length))
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _second_derivatives(ctx, gradient)
+        by_row, along = ctx.saved_tensors[3:]
+        return _gradients(ctx, by_row * gradient, along * gradient)
+
+
+class _Tiled(Function):
+    """The loss of each anchor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, derive: bool
+    ) -> Tensor:
+        n, d = z1.shape[-2:]
+        u, length = _unit_rows(z1, z2)
+        with without_autocast(u):
+            positive = (u[..., :n, :] / temperature * u[..., n:, :]).sum(-1).unsqueeze(-2)
+            negative = u.new_empty(u.shape[:-1], dtype=exact(u[:0]).dtype)
+            for rows, sums in zip(u.view(-1, 2 * n, d), negative.view(-1, 2 * n), strict=True):
+                _log_sums(rows, temperature, out=sums)
+        losses, total, share = _losses(positive, negative.unflatten(-1, (2, n)))
+        if derive:
+            _save(ctx, z1, z2, temperature, plain, u, length, total, share)
+        return losses.to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _second_derivatives(ctx, gradient)
+        temperature, u, length, total, share = ctx.saved_tensors[2:]
+        temperature = ctx.temperature if temperature is None else temperature
+        n, d = total.shape[-1], u.shape[-1]
+        pull = -(gradient * share).sum(-2).to(u.dtype)
+        by_row = torch.zeros_like(u)
+        with without_autocast(u):
+            for rows, t, g, p, out in zip(
+                u.view(-1, 2 * n, d),
+                total.view(-1, 2 * n),
+                gradient.reshape(-1, 2 * n),
+                pull.view(-1, n),
+                by_row.view(-1, 2 * n, d),
+                strict=True,
+            ):
+                _weighted_sums(rows, temperature, t, g, p, out=out)
+        return _gradients(ctx, *gradient_of_rows(by_row.div_(temperature), u, length))
+
+
+def _unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    return unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)))
+
+
+def _bounded(temperature: Input) -> bool:
+    """Whether exponentials of scores and their sums need no shift: exp(64) = 6e27."""
+    return not isinstance(temperature, Tensor) and temperature >= 1 / 64
+
+
+def _losses(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the log of the sum over all and the share of the negatives, `(*, 2, N)`."""
+    excess = negative - positive
+    losses = F.softplus(excess, threshold=60)  # beyond it, log1p adds e^-60 or less
+    return losses, positive + losses, torch.sigmoid(excess)
+
+
+def _save(
+    ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, *found: Tensor
+) -> None:
+    is_tensor = isinstance(temperature, Tensor)
+    ctx.temperature, ctx.plain = None if is_tensor else temperature, plain
+    ctx.save_for_backward(z1, z2, temperature if is_tensor else None, *found)
+
+
+def _gradients(ctx: Any, by_row: Tensor, along: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the arguments, from that of the rows of both views.
+
+    The loss depends on u_i · u_j / τ only: the gradient of τ follows from those of the rows.
+    """
+    z1, _, temperature = ctx.saved_tensors[:3]
+    first, second = by_row.to(z1.dtype).chunk(2, -2)
+    if not ctx.needs_input_grad[2]:
+        return first, second, None, None, None
+    return first, second, (along.sum() / (-2 * temperature)).to(temperature), None, None
+
+
+def _second_derivatives(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    z1, z2, temperature = ctx.saved_tensors[:3]
+    inputs = (z1, z2, ctx.temperature if temperature is None else temperature)
+    return *plain_gradients(ctx.plain, inputs, ctx.needs_input_grad[:3], gradient), None, None
+
+
+def _tiles(u: Tensor, temperature: Input) -> Iterator[tuple[Tensor, slice, slice, int]]:
+    """Yield the scores of the tiles on and above the diagonal of rows `(M, D)`, in one buffer.
+
+    Each comes with its rows, its columns, and the number of its first columns that are below the
+    last row: what lies right of them also serves as a tile of its columns.
+    """
+    scaled = u / temperature
+    buffer = u.new_empty(TILE[0] * TILE[1])
+    for i in range(0, len(u), TILE[0]):
+        for j in range(i, len(u), TILE[1]):
+            rows = slice(i, min(i + TILE[0], len(u)))
+            columns = slice(j, min(j + TILE[1], len(u)))
+            shape = rows.stop - i, columns.stop - j
+            tile = buffer[: shape[0] * shape[1]].view(shape)
+            torch.mm(scaled[rows], u[columns].mT, out=tile)
+            yield tile, rows, columns, min(max(rows.stop - j, 0), shape[1])
+
+
+def _pairs(tile: Tensor, rows: slice, columns: slice, apart: int) -> Tensor:
+    """Return the entries (i, i + apart) of a tile, of which there may be none."""
+    return tile.diagonal(apart + rows.start - columns.start)
+
+
+def _log_sums(u: Tensor, temperature: Input, *, out: Tensor) -> None:
+    """Sum the exponentials of the scores of each row over its negatives, `(M, D)` -> `(M,)`."""
+    bounded, n = _bounded(temperature), len(u) // 2
+    out.fill_(0 if bounded else -torch.inf)
+    for tile, rows, columns, square in _tiles(u, temperature):
+        if bounded:
+            tile.exp_()
+        for apart in (0, n, -n):
+            _pairs(tile, rows, columns, apart).fill_(0 if bounded else -torch.inf)
+        for part, dim, where in (
+            (tile, -1, rows),
+            (tile[:, square:], -2, slice(columns.start + square, columns.stop)),
+        ):
+            if bounded:
+                out[where] += part.sum(dim)
+            elif part.numel():
+                out[where] = torch.logaddexp(out[where], part.logsumexp(dim).to(out.dtype))
+    if bounded:
+        out.log_()
+
+
+def _weighted_sums(
+    u: Tensor, temperature: Input, total: Tensor, gradient: Tensor, pull: Tensor, *, out: Tensor
+) -> None:
+    """Add W u for rows `(M, D)`, whose anchors weigh `gradient` `(M,)`; `pull` `(N,)` is W_ip."""
+    bounded, n = _bounded(temperature), len(pull)
+    weight = (gradient * torch.exp(-total)).to(u.dtype)
+    total = total.to(u.dtype)
+    for tile, rows, columns, square in _tiles(u, temperature):
+        if bounded:
+            tile.exp_().mul_(weight[rows, None] + weight[columns])
+        else:
+            by_row = (tile - total[rows, None]).exp_().mul_(gradient[rows, None])
+            tile.sub_(total[columns]).exp_().mul_(gradient[columns]).add_(by_row)
+        _pairs(tile, rows, columns, 0).zero_()
+        for apart in (n, -n):
+            positive = _pairs(tile, rows, columns, apart)
+            first = max(rows.start, columns.start - apart) % n
+            positive.copy_(pull[first : first + len(positive)])
+        out[rows].addmm_(tile, u[columns])
+        right = slice(columns.start + square, columns.stop)
+        out[right].addmm_(tile[:, square:].mT, u[rows])

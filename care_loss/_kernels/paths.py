@@ -1,0 +1,60 @@
+"""Which path computes a loss: decided here, from the kind of call, the shapes and the settings."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Input = Tensor | float
+Plain = Callable[..., Tensor]
+
+DENSE_ROWS = 1024  # the matrix of all products, at 4 MiB, still fits a cache
+LONG_CHUNK = 5  # from there on products of the columns, though in float64, take less time
+
+
+def by_hand(*inputs: Input) -> bool:
+    """Whether a gradient by hand can serve this call; otherwise the plain composition must."""
+    # Compilers fuse the plain composition themselves, and tracers shall record operations.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if torch._C._are_functorch_transforms_active():  # there is no public way to ask
+        return False
+    tensors = (x for x in inputs if isinstance(x, Tensor))
+    return all(forward_ad.unpack_dual(x).tangent is None for x in tensors)
+
+
+def is_dense(rows: int) -> bool:
+    """Whether InfoNCE keeps the matrix of all products of its rows."""
+    return rows <= DENSE_ROWS
+
+
+def is_long(n: int, d: int) -> bool:
+    """Whether the Gram matrices of chunks `(n, d)` are compared by products `(d, d)`."""
+    return n > LONG_CHUNK * d
+
+
+def products_are_rounded() -> bool:
+    """Whether PyTorch may round float32 matrix products to TF32 or bfloat16, on any device."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the newer settings, of each backend, are in use
+        return True
+
+
+def need_gradient(*inputs: Input) -> bool:
+    """Whether a gradient of any input is recorded (inside a Function it is never)."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs if isinstance(x, Tensor))
+
+
+def plain_gradients(
+    plain: Plain, inputs: Sequence[Input], needed: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """Differentiate the plain composition, which gives gradients that have derivatives."""
+    with torch.enable_grad():
+        # Views keep inputs apart that are one tensor, or depend on one another.
+        views = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
+        wanted = [cast(Tensor, x) for x, need in zip(views, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(plain(*views), wanted, gradient, create_graph=True))
+    return [next(found) if need else None for need in needed]
