@@ -1,17 +1,27 @@
 """What all benchmarks share: contenders that take turns, and where a result comes from."""
 
 import csv
+import ctypes
+import math
 import platform
 import statistics
 import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 Row = dict[str, object]
+
+
+def leaves(count: int, *shape: int, **options: Any) -> list[Tensor]:
+    """Return random tensors that want a gradient."""
+    return [torch.randn(*shape, **options).requires_grad_() for _ in range(count)]
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -66,3 +76,31 @@ def write_csv(path: Path | None, rows: list[Row]) -> None:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+
+
+def megabytes(call: Callable[[], Any], device: str) -> float:
+    """Return how much memory a call needs at its peak, above what is held before it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if sys.platform != "linux":
+        return math.nan
+    pages = Path("/proc/self/statm")
+    done, seen = threading.Event(), []
+
+    def watch() -> None:
+        while not done.wait(2e-4):
+            seen.append(int(pages.read_text().split()[1]))
+
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would not be seen
+    before = int(pages.read_text().split()[1])
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return max(0, max(seen, default=before) - before) * 4096 / 2**20

@@ -13,17 +13,15 @@ was asked for.
 """
 
 import argparse
-import ctypes
 import importlib.util
 import math
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Row, provenance, ratio_columns, take_turns, write_csv
+from measuring import Row, megabytes, provenance, ratio_columns, take_turns, write_csv
 from torch import Tensor
 
 from care_loss.rotation import fit_rotation, random_orthogonal
@@ -126,34 +124,6 @@ def errors(source: Tensor, target: Tensor, rotation: Tensor, special: bool) -> R
         "orthogonality": f"{deviation.max().item() / eps / math.sqrt(d):.2f}",
         "reflections": "" if signs is None else int((signs < 0).sum()),
     }
-
-
-def megabytes(call: Callable[[], Any], device: str) -> float:
-    """Return how much memory a call needs at its peak, above what is held before it."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if sys.platform != "linux":
-        return math.nan
-    pages = Path("/proc/self/statm")
-    done, seen = threading.Event(), []
-
-    def watch() -> None:
-        while not done.wait(2e-4):
-            seen.append(int(pages.read_text().split()[1]))
-
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already would not be seen
-    before = int(pages.read_text().split()[1])
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    call()
-    done.set()
-    watcher.join()
-    return max(0, max(seen, default=before) - before) * 4096 / 2**20
 
 
 def measure(b: int, n: int, d: int, rounds: int, device: str) -> list[Row]:

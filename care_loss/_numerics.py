@@ -25,7 +25,9 @@ def exact(x: Tensor) -> Tensor:
 
 def without_autocast(z: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtypes of the code. Meta tensors, which compute nothing, know no autocast."""
-    return nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
+    if z.is_meta or not torch.is_autocast_enabled(z.device.type):
+        return nullcontext()
+    return torch.autocast(z.device.type, enabled=False)
 
 
 def normal(

@@ -34,8 +34,8 @@ def assert_is_the_plain_composition(loss, *inputs):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles with which few rows make many, and no matrix of all products."""
-    monkeypatch.setattr(kernel, "is_dense", lambda rows: False)
-    monkeypatch.setattr(kernel, "TILE", (4, 6))
+    monkeypatch.setattr(kernel, "is_dense", lambda *_: False)
+    monkeypatch.setattr(kernel, "tile", lambda device: (4, 6))
 
 
 SHAPES = [(2, 3), (5, 4), (2, 3, 7, 3), (13, 5), (1, 16, 2), (0, 6, 3)]
@@ -67,7 +67,7 @@ def test_info_nce_is_the_plain_composition(
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 3), (6, 4), (4, 50), (50, 4), (256, 1024)])
 def test_tiles_of_any_size_give_the_same(tile, device, monkeypatch, small_tiles):
-    monkeypatch.setattr(kernel, "TILE", tile)
+    monkeypatch.setattr(kernel, "tile", lambda device: tile)
     z1, z2 = torch.randn(2, 11, 3, dtype=torch.float64, device=device)
     assert_is_the_plain_composition(partial(info_nce_loss, reduction="none"), z1, z2)
 

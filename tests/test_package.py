@@ -145,7 +145,7 @@ def lines_of_code(source):
 LINES_OF_CODE = {  # at most; what has no entry may have 30
     "_checks": 450,
     "_chunks": 45,
-    "_kernels.gram_gap": 115,
+    "_kernels.gram_gap": 135,
     "_kernels.info_nce": 190,
     "_kernels.paths": 45,
     "_numerics": 40,

@@ -4,12 +4,14 @@ With the unit rows U and V of a chunk `(n, D)` and Δ = U Uᵀ - V Vᵀ without 
 Σ Δ², and its gradients with respect to U and V are 4 Δ U and -4 Δ V.
 
 The direct form computes Δ. For long chunks, the sum over all entries and the products come from
-C = [U, V]ᵀ [U, V], `(2D, 2D)`: with C' = C but for the signs of its off-diagonal blocks, which are
-turned, the sum is that of C C' (entry by entry), and [Δ U, -Δ V] = [U, V] C'. Both cancel where
-the views are close, and are computed in float64. The diagonal is subtracted: it is not 0 where one
-of two rows is.
+C = [U, V]ᵀ [U, V], `(2D, 2D)`. With C' for C with its off-diagonal blocks negated, the sum is that
+of the entries of C times those of C', and [Δ U, -Δ V] = [U, V] C'. Both lose digits where the views
+are close, and are computed in float64. The diagonal of Δ is subtracted: it is not 0 where one of
+two rows is.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,22 +71,22 @@ class _GramGap(Function):
         if order is not None:
             z = z.index_select(-2, order)
         u, length = unit_rows(z.to(computed_in(z)))
-        losses, gradients = [], []
-        chunks = sum(k for k, _ in runs)
-        shares = max(chunks * z1.shape[:-2].numel(), 1) if mean else 1
-        pieces = u.split([k * n for k, n in runs], -2)
-        for piece, (k, n), weight in zip(pieces, runs, weights, strict=True):
-            gap, gradient = _compare(piece.unflatten(-2, (k, n)), derive)
-            losses.append(gap.mul_(weight).view(*z1.shape[:-2], k))
+        chunks, leading = sum(k for k, _ in runs), z1.shape[:-2]
+        shares = (chunks * leading.numel() or math.nan) if mean else 1
+        gaps, gradients = [], []
+        for rows, lengths, (k, n), weight in zip(
+            _cut(u, runs), _cut(length, runs), runs, weights, strict=True
+        ):
+            share = weight / shares
+            gap, gradient = _compare(rows, lengths, 4 * share if derive else None)
+            gaps.append((gap.sum() if mean else gap.sum(-1).view(*leading, k)) * share)
             if gradient is not None:
-                gradients.append(gradient.mul_(4 * weight / shares).view(piece.shape))
+                gradients.append(gradient.view(2, *leading, k * n, u.shape[-1]))
         if derive:
-            by_row = _joined(gradients, -2)
-            by_row, _ = gradient_of_rows(by_row, u, length)
-            ctx.save_for_backward(z1, z2, order, by_row)
+            ctx.save_for_backward(z1, z2, order, _joined(gradients, -2))
             ctx.runs, ctx.plain = runs, plain
-        loss = _joined(losses, -1)
-        return (loss.mean() if mean else loss).to(u.dtype)
+        loss = sum(gaps[1:], gaps[0]) if mean else _joined(gaps, -1)
+        return loss.to(u.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,45 +106,71 @@ class _GramGap(Function):
         return *found.unbind(), None, *others
 
 
-def _compare(u: Tensor, derive: bool) -> tuple[Tensor, Tensor | None]:
-    """Return Σ Δ² and [Δ U, -Δ V] for the chunks of both views, `(2, *, k, n, D)`."""
-    n, d = u.shape[-2:]
-    x = u.flatten(0, -3)
-    with without_autocast(u):
+def _cut(x: Tensor, runs: Runs) -> Iterator[Tensor]:
+    """Yield the chunks of each run of rows `(*, N, D)` in turn, as `(chunks, n, D)`."""
+    pieces = x.split([k * n for k, n in runs], -2) if len(runs) > 1 else (x,)
+    for piece, (k, n) in zip(pieces, runs, strict=True):
+        yield piece.reshape(piece.shape[:-2].numel() * k, n, piece.shape[-1])
+
+
+def _compare(x: Tensor, length: Tensor, factor: float | None) -> tuple[Tensor, Tensor | None]:
+    """Compare chunks of unit rows `(2k, n, D)`, those of the second view after those of the first.
+
+    Returns parts of the sum Σ Δ² of each chunk, `(k, *)`, and `factor` times the gradient of a
+    quarter of it, with respect to the rows before they were divided by `length`.
+    """
+    n, d = x.shape[-2:]
+    with without_autocast(x):
         if is_long(n, d) and x.dtype != torch.float64:
-            return _compare_by_columns(exact(x), derive)
-        return _compare_directly(exact(x) if products_are_rounded() else x, derive)
+            return _compare_by_columns(x, length, factor)
+        if not products_are_rounded():
+            return _compare_directly(x, length, factor)
+        gap, gradient = _compare_directly(exact(x), length, factor)
+        return gap, None if gradient is None else gradient.to(x.dtype)
 
 
-def _compare_directly(x: Tensor, derive: bool) -> tuple[Tensor, Tensor | None]:
+def _compare_directly(
+    x: Tensor, length: Tensor, factor: float | None
+) -> tuple[Tensor, Tensor | None]:
     gram = torch.bmm(x, x.mT)
-    difference, negated = gram.chunk(2)
-    difference.sub_(negated)  # exactly 0 for equal views
-    difference.diagonal(0, -2, -1).zero_()
-    gap = exact(difference.square().sum(-1)).sum(-1)
-    if not derive:
+    first, second = gram.chunk(2)
+    torch.sub(second, first, out=first)  # -Δ, and exactly 0 for equal views
+    first.diagonal(0, -2, -1).zero_()
+    gap = first.square().sum(-1)
+    if factor is None:
         return gap, None
-    torch.neg(difference, out=negated)
-    return gap, torch.bmm(gram, x)
+    # The gradient of a unit row has no part along the row. That of u_i in Σ_j Δ_ij u_j, which is
+    # Σ_j Δ_ij u_i·u_j, is subtracted with the diagonal of Δ, which is free for it.
+    along = second.mul_(first).sum(-1)
+    torch.neg(first, out=second)
+    torch.sub(gap, along, out=first.diagonal(0, -2, -1))
+    second.diagonal(0, -2, -1).copy_(along)
+    return gap, torch.bmm(gram.div_(length / -factor), x)
 
 
-def _compare_by_columns(x: Tensor, derive: bool) -> tuple[Tensor, Tensor | None]:
-    """Do the same where chunks have many more rows than dimensions."""
-    d = x.shape[-1]
-    u, v = x.chunk(2)
-    both = torch.cat((u, v), -1)
+def _compare_by_columns(
+    x: Tensor, length: Tensor, factor: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Do the same in float64, where chunks have many more rows than dimensions."""
+    k, n, d = len(x) // 2, *x.shape[1:]
+    both = x.new_empty(k, n, 2, d, dtype=exact(x[:0]).dtype)
+    both.copy_(x.view(2, k, n, d).movedim(0, 2))
+    squared = torch.linalg.vector_norm(both, dim=-1).square()
+    both = both.view(k, n, 2 * d)
     products = torch.bmm(both.mT, both)
     turned = products.clone()
-    turned[..., :d, d:].neg_()
-    turned[..., d:, :d].neg_()
-    excess = u.square().sum(-1) - v.square().sum(-1)
-    gap = (products * turned).sum((-2, -1)) - excess.square().sum(-1)
+    turned[:, :d, d:].neg_()
+    turned[:, d:, :d].neg_()
+    own = (squared[..., 0] - squared[..., 1]).square().sum(-1)
+    gap = products.mul_(turned).sum((-2, -1)).sub_(own).unsqueeze(-1)
     gap.clamp_min_(0)  # it is not below 0 but for rounding
-    if not derive:
+    if factor is None:
         return gap, None
-    first, second = torch.bmm(both, turned).split(d, -1)
-    excess = excess.unsqueeze(-1)
-    return gap, torch.cat((first - excess * u, second + excess * v))
+    # The diagonal of Δ pulls each row along itself only: it need not be left out.
+    gradient = torch.empty_like(x)
+    found = torch.bmm(both, turned.mul_(factor)).view(k, n, 2, d)
+    gradient.view(2, k, n, d).copy_(found.movedim(2, 0))
+    return gap, gradient_of_rows(gradient, x, length)[0]
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -25,11 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from care_loss._kernels.paths import Input, Plain, is_dense, need_gradient, plain_gradients
+from care_loss._kernels.paths import (
+    Input,
+    Plain,
+    is_dense,
+    need_gradient,
+    plain_gradients,
+    tile,
+)
 from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, exact, without_autocast
-
-TILE = (256, 1024)  # rows and columns: a tile and its weights fit a second-level cache
 
 
 def info_nce(z1: Tensor, z2: Tensor, temperature: Input, *, mean: bool, plain: Plain) -> Tensor:
@@ -39,7 +44,7 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: Input, *, mean: bool, plain: P
     """
     derive = need_gradient(z1, z2, temperature)
     inputs = (z1, z2, temperature, plain, derive)
-    if mean and is_dense(2 * z1.shape[-2]):
+    if mean and is_dense(2 * z1.shape[-2], z1.device):
         loss: Tensor = _Dense.apply(*inputs)  # type: ignore[no-untyped-call]
         return loss
     losses: Tensor = _Tiled.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -179,35 +184,36 @@ def _tiles(u: Tensor, temperature: Input) -> Iterator[tuple[Tensor, slice, slice
     Each comes with its rows, its columns, and the number of its first columns that are below the
     last row: what lies right of them also serves as a tile of its columns.
     """
+    height, width = tile(u.device)
     scaled = u / temperature
-    buffer = u.new_empty(TILE[0] * TILE[1])
-    for i in range(0, len(u), TILE[0]):
-        for j in range(i, len(u), TILE[1]):
-            rows = slice(i, min(i + TILE[0], len(u)))
-            columns = slice(j, min(j + TILE[1], len(u)))
+    buffer = u.new_empty(height * width)
+    for i in range(0, len(u), height):
+        for j in range(i, len(u), width):
+            rows = slice(i, min(i + height, len(u)))
+            columns = slice(j, min(j + width, len(u)))
             shape = rows.stop - i, columns.stop - j
-            tile = buffer[: shape[0] * shape[1]].view(shape)
-            torch.mm(scaled[rows], u[columns].mT, out=tile)
-            yield tile, rows, columns, min(max(rows.stop - j, 0), shape[1])
+            scores = buffer[: shape[0] * shape[1]].view(shape)
+            torch.mm(scaled[rows], u[columns].mT, out=scores)
+            yield scores, rows, columns, min(max(rows.stop - j, 0), shape[1])
 
 
-def _pairs(tile: Tensor, rows: slice, columns: slice, apart: int) -> Tensor:
+def _pairs(scores: Tensor, rows: slice, columns: slice, apart: int) -> Tensor:
     """Return the entries (i, i + apart) of a tile, of which there may be none."""
-    return tile.diagonal(apart + rows.start - columns.start)
+    return scores.diagonal(apart + rows.start - columns.start)
 
 
 def _log_sums(u: Tensor, temperature: Input, *, out: Tensor) -> None:
     """Sum the exponentials of the scores of each row over its negatives, `(M, D)` -> `(M,)`."""
     bounded, n = _bounded(temperature), len(u) // 2
     out.fill_(0 if bounded else -torch.inf)
-    for tile, rows, columns, square in _tiles(u, temperature):
+    for scores, rows, columns, square in _tiles(u, temperature):
         if bounded:
-            tile.exp_()
+            scores.exp_()
         for apart in (0, n, -n):
-            _pairs(tile, rows, columns, apart).fill_(0 if bounded else -torch.inf)
+            _pairs(scores, rows, columns, apart).fill_(0 if bounded else -torch.inf)
         for part, dim, where in (
-            (tile, -1, rows),
-            (tile[:, square:], -2, slice(columns.start + square, columns.stop)),
+            (scores, -1, rows),
+            (scores[:, square:], -2, slice(columns.start + square, columns.stop)),
         ):
             if bounded:
                 out[where] += part.sum(dim)
@@ -224,17 +230,17 @@ def _weighted_sums(
     bounded, n = _bounded(temperature), len(pull)
     weight = (gradient * torch.exp(-total)).to(u.dtype)
     total = total.to(u.dtype)
-    for tile, rows, columns, square in _tiles(u, temperature):
+    for scores, rows, columns, square in _tiles(u, temperature):
         if bounded:
-            tile.exp_().mul_(weight[rows, None] + weight[columns])
+            scores.exp_().mul_(weight[rows, None] + weight[columns])
         else:
-            by_row = (tile - total[rows, None]).exp_().mul_(gradient[rows, None])
-            tile.sub_(total[columns]).exp_().mul_(gradient[columns]).add_(by_row)
-        _pairs(tile, rows, columns, 0).zero_()
+            by_row = (scores - total[rows, None]).exp_().mul_(gradient[rows, None])
+            scores.sub_(total[columns]).exp_().mul_(gradient[columns]).add_(by_row)
+        _pairs(scores, rows, columns, 0).zero_()
         for apart in (n, -n):
-            positive = _pairs(tile, rows, columns, apart)
+            positive = _pairs(scores, rows, columns, apart)
             first = max(rows.start, columns.start - apart) % n
             positive.copy_(pull[first : first + len(positive)])
-        out[rows].addmm_(tile, u[columns])
+        out[rows].addmm_(scores, u[columns])
         right = slice(columns.start + square, columns.stop)
-        out[right].addmm_(tile[:, square:].mT, u[rows])
+        out[right].addmm_(scores[:, square:].mT, u[rows])

@@ -10,8 +10,7 @@ from torch.autograd import forward_ad
 Input = Tensor | float
 Plain = Callable[..., Tensor]
 
-DENSE_ROWS = 1024  # the matrix of all products, at 4 MiB, still fits a cache
-LONG_CHUNK = 5  # from there on products of the columns, though in float64, take less time
+LONG_CHUNK = 4  # from there on products of the columns, though in float64, take less time
 
 
 def by_hand(*inputs: Input) -> bool:
@@ -25,9 +24,17 @@ def by_hand(*inputs: Input) -> bool:
     return all(forward_ad.unpack_dual(x).tangent is None for x in tensors)
 
 
-def is_dense(rows: int) -> bool:
+def is_dense(rows: int, device: torch.device) -> bool:
     """Whether InfoNCE keeps the matrix of all products of its rows."""
-    return rows <= DENSE_ROWS
+    # 4 MiB, which fit a cache, or 64 MiB.
+    return rows <= (1024 if device.type == "cpu" else 4096)
+
+
+def tile(device: torch.device) -> tuple[int, int]:
+    """Return how many rows and columns InfoNCE takes at a time where it keeps no matrix."""
+    # On a CPU a tile and its weights fit a second-level cache. Elsewhere each operation costs a
+    # launch, which large tiles make up for.
+    return (256, 1024) if device.type == "cpu" else (2048, 4096)
 
 
 def is_long(n: int, d: int) -> bool:

@@ -13,7 +13,7 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     # as one: it brings every sum of squares into [1, D]. Dividing a zero row by infinity makes both
     # the row and its gradient exactly 0.
     largest = x.detach().abs().amax(-1, keepdim=True)
-    largest = torch.where(largest == 0, torch.inf, largest)
+    largest.masked_fill_(largest == 0, torch.inf)
     y = x / largest
     # Only zero rows are below 1, so the clamp changes nothing else.
     length = y.square().sum(-1, keepdim=True).clamp_min(1).sqrt()

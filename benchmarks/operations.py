@@ -1,0 +1,89 @@
+"""How many operations does a step dispatch, forward and backward?
+
+    python benchmarks/operations.py                            # a table
+    python benchmarks/operations.py --csv benchmarks/results/operations.csv
+
+The count includes views and is the same at every run. At small batches it decides the time on a
+GPU, where each operation costs a launch. Operations that make the host wait for the device are
+counted as well. Many rows are taken in tiles, which are larger on a GPU.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Row, leaves, provenance, write_csv
+from rivals import authors, authors_equivariance, info_nce_rivals
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
+
+SIZES = [(256, 128, 16), (250, 128, 16), (4096, 128, 16)]  # rows, dimensions, chunks
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
+
+
+class Operations(TorchDispatchMode):
+    """Count the operations that are dispatched while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.waiting = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.all += 1
+        self.waiting += function._schema.name in WAITING
+        return function(*args, **(kwargs or {}))
+
+
+def count(loss: Callable[..., Tensor], *views: Tensor) -> Row:
+    with Operations() as operations:
+        loss(*views).backward()
+    return {"operations": operations.all, "waiting": operations.waiting}
+
+
+def measure(n: int, d: int, chunks: int, **options: Any) -> list[Row]:
+    views = leaves(4, n, d, **options)
+    pair = views[:2]
+    whole = CAREloss(chunks=chunks)
+    rivals = info_nce_rivals(0.5)
+    counts = {
+        ("CARE", "authors"): count(lambda *z: authors(torch.stack(z), 0.5, 0.3, chunks), *views),
+        ("CARE", "care_loss"): count(whole, *views),
+        ("InfoNCE", "lightly"): count(rivals["lightly"], *pair),
+        ("InfoNCE", "plain autograd"): count(rivals["plain autograd"], *pair),
+        ("InfoNCE", "care_loss"): count(InfoNCELoss(), *pair),
+        ("equivariance", "authors"): count(lambda *z: authors_equivariance(*z, chunks), *pair),
+        ("equivariance", "care_loss"): count(EquivarianceLoss(chunks), *pair),
+    }
+    return [
+        {"N": n, "D": d, "chunks": chunks, "loss": loss, "contender": contender} | row
+        for (loss, contender), row in counts.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the embeddings")
+    parser.add_argument("--quick", action="store_true", help="the first size only")
+    parser.add_argument("--csv", type=Path, help="write the results here as well")
+    options = parser.parse_args()
+    rows = []
+    print(f"{'N':>5} {'D':>4} {'chunks':>6}  {'':<14}{'':<16}operations  of which wait")
+    for size in SIZES[: 1 if options.quick else None]:
+        for row in measure(*size, device=options.device, dtype=getattr(torch, options.dtype)):
+            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
+            print(
+                "{N:>5} {D:>4} {chunks:>6}  {loss:<14}{contender:<16}{operations:>10}"
+                "  {waiting}".format(**row)
+            )
+    write_csv(options.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
