@@ -8,14 +8,13 @@ that other work on the machine slows all of them alike. The table has medians ov
 quartiles of the ratio.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from measuring import Row, provenance, ratio_columns, take_turns, write_csv
-from rivals import authors, products
+from measuring import Row, parser, provenance, ratio_columns, start, take_turns, write_csv
+from rivals import authors, plain_equivariance, plain_info_nce, products
 from torch import Tensor
 
 from care_loss import CAREloss
@@ -36,8 +35,17 @@ def contenders(n: int, chunks: int, device: str) -> dict[str, Contender]:
     loss = CAREloss(TEMPERATURE, WEIGHT, chunks=chunks, scale="authors")
     ids = torch.arange(n, device=device) * chunks // n
     settings = (TEMPERATURE, WEIGHT, chunks)
+
+    def plain(views: Tensor) -> Tensor:
+        z1, z2, e1, e2 = views
+        authors_scale = 2 * (n // chunks - 1)
+        equivariance = plain_equivariance(e1, e2, chunks) * authors_scale
+        return plain_info_nce(z1, z2, TEMPERATURE) + WEIGHT * equivariance
+
     return {
         "authors": lambda views: authors(views, *settings),
+        "plain autograd": plain,
+        "torch.compile of plain": torch.compile(plain, fullgraph=True),
         "care_loss": lambda views: loss(*views),
         "care_loss, chunks as ids": lambda views: loss(*views, chunks=ids),
         "torch.compile of care_loss": torch.compile(lambda views: loss(*views), fullgraph=True),
@@ -47,11 +55,11 @@ def contenders(n: int, chunks: int, device: str) -> dict[str, Contender]:
     }
 
 
-def measure(n: int, d: int, chunks: int, rounds: int, device: str) -> list[Row]:
-    views = torch.randn(4, n, d, device=device, requires_grad=True)
+def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row]:
+    views = torch.randn(4, n, d, **tensor, requires_grad=True)
     calls = {
         name: lambda loss=loss: torch.autograd.grad(loss(views), views)
-        for name, loss in contenders(n, chunks, device).items()
+        for name, loss in contenders(n, chunks, tensor["device"]).items()
     }
     seconds = take_turns(calls, rounds)
     return [
@@ -62,19 +70,13 @@ def measure(n: int, d: int, chunks: int, rounds: int, device: str) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
-    parser.add_argument("--rounds", type=int, default=9, help="how often the contenders take turns")
-    parser.add_argument("--quick", action="store_true", help="the first size only")
-    parser.add_argument("--csv", type=Path, help="write the results here as well")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser(__doc__, rounds=9).parse_args()
+    tensor = start(options)
     rows = []
     print(f"{'N':>5} {'D':>4} {'chunks':>6}  {'':<28}{'ms':>9}  ratio to the authors'")
     for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, rounds=options.rounds, device=options.device):
-            rows.append(row | provenance(options.device))
+        for row in measure(*size, options.rounds, **tensor):
+            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
             print(
                 "{N:>5} {D:>4} {chunks:>6}  {contender:<28}{ms:>9}  "
                 "{ratio} ({ratio_low} to {ratio_high})".format(**row)

@@ -8,13 +8,21 @@ returns them, as ids in order or shuffled, and as ids that are not read (as unde
 GPU), which need the full N x N Gram matrices. Times are ratios to the number in the same round.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
-from measuring import Row, provenance, ratio_columns, take_turns, write_csv
+from measuring import (
+    Row,
+    leaves,
+    parser,
+    provenance,
+    ratio_columns,
+    start,
+    take_turns,
+    write_csv,
+)
 from torch import Tensor
 
 from care_loss.functional import equivariance_loss
@@ -28,8 +36,8 @@ SIZES = [  # rows, dimensions, chunks
 ]
 
 
-def measure(n: int, d: int, chunks: int, rounds: int) -> list[Row]:
-    views = torch.randn(2, n, d, requires_grad=True)
+def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row]:
+    views = leaves(2, n, d, **tensor)
     returned = shared_views(torch.zeros(n, 1), lambda x: x, chunks=chunks).chunks
     ids = torch.cat(
         [torch.full((len(p),), k) for k, p in enumerate(torch.arange(n).tensor_split(chunks))]
@@ -58,17 +66,12 @@ def measure(n: int, d: int, chunks: int, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
-    parser.add_argument("--rounds", type=int, default=9, help="how often the contenders take turns")
-    parser.add_argument("--quick", action="store_true", help="the first size only")
-    parser.add_argument("--csv", type=Path, help="write the results here as well")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser(__doc__, rounds=9).parse_args()
+    tensor = start(options)
     rows = []
     for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, rounds=options.rounds):
-            rows.append(row | provenance("cpu"))
+        for row in measure(*size, options.rounds, **tensor):
+            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
             print(
                 "N = {N}, D = {D}, {chunks} chunks: {given as:<28}{ms:>9} ms  "
                 "{ratio} ({ratio_low} to {ratio_high})".format(**row)

@@ -9,27 +9,44 @@ The floor is the matrix products alone, in blocks of 256 rows that stay in the c
 other arithmetic and without allocation.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Row, leaves, provenance, ratio_columns, take_turns, write_csv
+from measuring import (
+    Row,
+    leaves,
+    parser,
+    provenance,
+    ratio_columns,
+    start,
+    take_turns,
+    write_csv,
+)
 from rivals import info_nce_products, info_nce_rivals
 
 from care_loss.functional import info_nce_loss
 
 TEMPERATURE = 0.5
-SIZES = [(256, 128), (1024, 128), (4096, 128), (4096, 512), (16384, 128)]  # rows of a view, D
-MOST_ROWS = {"pytorch-metric-learning": 256, "torch.compile of plain": 16384}  # others 4096: memory
+SIZES = [  # rows of a view, dimensions
+    (256, 128),
+    (1024, 128),
+    (2048, 128),
+    (4096, 128),
+    (4096, 512),
+    (8192, 128),
+    (16384, 128),
+    (32768, 128),
+]
+# Others need too much memory, or time, beyond 4,096 rows.
+MOST_ROWS = {"pytorch-metric-learning": 256, "torch.compile of plain": 16384}
 FLOOR = "matrix products alone"
 
 
-def measure(n: int, d: int, rounds: int, device: str, dtype: torch.dtype) -> list[Row]:
-    views = leaves(2, n, d, device=device, dtype=dtype)
-    rows = torch.randn(2 * n, d, device=device, dtype=dtype)
+def measure(n: int, d: int, rounds: int, **tensor: Any) -> list[Row]:
+    views = leaves(2, n, d, **tensor)
+    rows = torch.randn(2 * n, d, **tensor)
     losses: dict[str, Callable[..., Any]] = {
         name: loss
         for name, loss in info_nce_rivals(TEMPERATURE).items()
@@ -52,20 +69,12 @@ def measure(n: int, d: int, rounds: int, device: str, dtype: torch.dtype) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the embeddings")
-    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="how often the contenders take turns")
-    parser.add_argument("--quick", action="store_true", help="the first size only")
-    parser.add_argument("--csv", type=Path, help="write the results here as well")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
+    options = parser(__doc__, rounds=5).parse_args()
+    tensor = start(options)
     rows = []
     print(f"{'N':>6} {'D':>4}  {'':<26}{'ms':>10}  {'ratio':<26}  ratio to the floor")
     for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, options.rounds, options.device, dtype):
+        for row in measure(*size, options.rounds, **tensor):
             rows.append(row | {"dtype": options.dtype} | provenance(options.device))
             ratio = "{ratio} ({ratio_low} to {ratio_high})".format(**row)
             print(

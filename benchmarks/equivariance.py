@@ -9,14 +9,21 @@ take turns, and ratios are to the authors' time in the same round. The floor is 
 of the direct form alone.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Row, leaves, provenance, ratio_columns, take_turns, write_csv
+from measuring import (
+    Row,
+    leaves,
+    parser,
+    provenance,
+    ratio_columns,
+    start,
+    take_turns,
+    write_csv,
+)
 from rivals import authors_equivariance, equivariance_products, plain_equivariance
 
 from care_loss.functional import equivariance_loss
@@ -33,8 +40,8 @@ SIZES = [  # rows, dimensions, chunks
 ]
 
 
-def measure(n: int, d: int, chunks: int, rounds: int, device: str, dtype: torch.dtype) -> list[Row]:
-    views = leaves(2, n, d, device=device, dtype=dtype)
+def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row]:
+    views = leaves(2, n, d, **tensor)
     equal = [z.detach()[: n // chunks * chunks] for z in views]
     losses: dict[str, Callable[..., Any]] = {
         "authors": lambda z1, z2: authors_equivariance(z1, z2, chunks),
@@ -65,20 +72,12 @@ def measure(n: int, d: int, chunks: int, rounds: int, device: str, dtype: torch.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the embeddings")
-    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
-    parser.add_argument("--rounds", type=int, default=7, help="how often the contenders take turns")
-    parser.add_argument("--quick", action="store_true", help="the first size only")
-    parser.add_argument("--csv", type=Path, help="write the results here as well")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
+    options = parser(__doc__, rounds=7).parse_args()
+    tensor = start(options)
     rows = []
     print(f"{'N':>6} {'D':>4} {'chunks':>6}  {'':<32}{'ms':>9}  ratio to the authors'")
     for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, options.rounds, options.device, dtype):
+        for row in measure(*size, options.rounds, **tensor):
             rows.append(row | {"dtype": options.dtype} | provenance(options.device))
             print(
                 "{N:>6} {D:>4} {chunks:>6}  {contender:<32}{ms:>9}  "

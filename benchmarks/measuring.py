@@ -1,5 +1,6 @@
 """What all benchmarks share: contenders that take turns, and where a result comes from."""
 
+import argparse
 import csv
 import ctypes
 import math
@@ -17,6 +18,32 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 Row = dict[str, object]
+
+
+def parser(question: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Return the options that benchmarks share, for a script that asks the given question."""
+    found = argparse.ArgumentParser(description=question.splitlines()[0])
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--dtype", default="float32", help="of the embeddings")
+    found.add_argument("--threads", type=int, default=1, help="threads on a CPU")
+    if rounds:
+        found.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
+    found.add_argument("--quick", action="store_true", help="the first size only")
+    found.add_argument("--csv", type=Path, help="write the results here as well")
+    return found
+
+
+def start(options: argparse.Namespace) -> dict[str, Any]:
+    """Set the number of threads, and return the device and dtype of tensors."""
+    torch.set_num_threads(options.threads)
+    return {"device": options.device, "dtype": getattr(torch, options.dtype)}
+
+
+def printed_by_another_process(script: str, options: argparse.Namespace, *more: object) -> str:
+    """Run a script in a process of its own, where the memory of others is not counted."""
+    common = [f"--{name}={getattr(options, name)}" for name in ("device", "dtype", "threads")]
+    command = [sys.executable, script, *common, *map(str, more)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def leaves(count: int, *shape: int, **options: Any) -> list[Tensor]:

@@ -8,13 +8,11 @@ GPU, where each operation costs a launch. Operations that make the host wait for
 counted as well. Many rows are taken in tiles, which are larger on a GPU.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Row, leaves, provenance, write_csv
+from measuring import Row, leaves, parser, provenance, start, write_csv
 from rivals import authors, authors_equivariance, info_nce_rivals
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,8 +44,8 @@ def count(loss: Callable[..., Tensor], *views: Tensor) -> Row:
     return {"operations": operations.all, "waiting": operations.waiting}
 
 
-def measure(n: int, d: int, chunks: int, **options: Any) -> list[Row]:
-    views = leaves(4, n, d, **options)
+def measure(n: int, d: int, chunks: int, **tensor: Any) -> list[Row]:
+    views = leaves(4, n, d, **tensor)
     pair = views[:2]
     whole = CAREloss(chunks=chunks)
     rivals = info_nce_rivals(0.5)
@@ -67,16 +65,12 @@ def measure(n: int, d: int, chunks: int, **options: Any) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the embeddings")
-    parser.add_argument("--quick", action="store_true", help="the first size only")
-    parser.add_argument("--csv", type=Path, help="write the results here as well")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
+    tensor = start(options)
     rows = []
     print(f"{'N':>5} {'D':>4} {'chunks':>6}  {'':<14}{'':<16}operations  of which wait")
     for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, device=options.device, dtype=getattr(torch, options.dtype)):
+        for row in measure(*size, **tensor):
             rows.append(row | {"dtype": options.dtype} | provenance(options.device))
             print(
                 "{N:>5} {D:>4} {chunks:>6}  {loss:<14}{contender:<16}{operations:>10}"
