@@ -70,3 +70,14 @@ PLAIN = {  # a formula, and the loss that computes it
     "alignment": (plain_alignment, alignment_loss),
     "alignment, alpha 1": (lambda z1, z2: plain_alignment(z1, z2, 1), LOSSES["alignment, alpha 1"]),
 }
+
+
+def value_and_grad(loss, *rows):
+    leaves = [z.detach().requires_grad_() for z in rows]
+    value = loss(*leaves)
+    return value.detach().double(), torch.cat(torch.autograd.grad(value, leaves)).double()
+
+
+def relative_errors(result, truth):
+    """Errors of a value and a gradient, each relative to the true one."""
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(result, truth, strict=True)]

@@ -61,9 +61,10 @@ class _Dense(Function):
         n = z1.shape[-2]
         u, length = _unit_rows(z1, z2)
         with without_autocast(u):
-            scores = u / temperature @ u.mT
+            scaled = u / temperature
+            positive = _positive(scaled, u, n)
+            scores = scaled @ u.mT
             pairs = scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
-            positive = pairs[..., 0, 1, :].clone().unsqueeze(-2)
             if _bounded(temperature):
                 scores.exp_()
                 pairs.zero_()
@@ -80,10 +81,9 @@ class _Dense(Function):
                 else:
                     scores = scores.sub_(total.unsqueeze(-1)).exp_()
                     scores = scores + scores.mT
-                pull = share.sum(-2).neg_()
-                scores.diagonal(n, -2, -1).copy_(pull)
-                scores.diagonal(-n, -2, -1).copy_(pull)
-                gradient = (scores @ u).div_(temperature * max(losses.numel(), 1))
+                gradient = scores @ u
+                _add_positives(gradient, u, share.sum(-2))
+                gradient.div_(temperature * max(losses.numel(), 1))
                 _save(ctx, z1, z2, temperature, plain, *gradient_of_rows(gradient, u, length))
         return losses.mean()
 
@@ -102,12 +102,12 @@ class _Tiled(Function):
     def forward(
         ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, derive: bool
     ) -> Tensor:
-        n, d = z1.shape[-2:]
+        n = z1.shape[-2]
         u, length = _unit_rows(z1, z2)
         with without_autocast(u):
-            positive = (u[..., :n, :] / temperature * u[..., n:, :]).sum(-1).unsqueeze(-2)
+            positive = _positive(u / temperature, u, n)
             negative = u.new_empty(u.shape[:-1], dtype=exact(u[:0]).dtype)
-            for rows, sums in zip(u.view(-1, 2 * n, d), negative.view(-1, 2 * n), strict=True):
+            for rows, sums in zip(_batches(u), negative.view(-1, 2 * n), strict=True):
                 _log_sums(rows, temperature, out=sums)
         losses, total, share = _losses(positive, negative.unflatten(-1, (2, n)))
         if derive:
@@ -120,24 +120,31 @@ class _Tiled(Function):
             return _second_derivatives(ctx, gradient)
         temperature, u, length, total, share = ctx.saved_tensors[2:]
         temperature = ctx.temperature if temperature is None else temperature
-        n, d = total.shape[-1], u.shape[-1]
-        pull = -(gradient * share).sum(-2).to(u.dtype)
+        n = total.shape[-1]
         by_row = torch.zeros_like(u)
         with without_autocast(u):
-            for rows, t, g, p, out in zip(
-                u.view(-1, 2 * n, d),
+            for rows, t, g, out in zip(
+                _batches(u),
                 total.view(-1, 2 * n),
                 gradient.reshape(-1, 2 * n),
-                pull.view(-1, n),
-                by_row.view(-1, 2 * n, d),
+                _batches(by_row),
                 strict=True,
             ):
-                _weighted_sums(rows, temperature, t, g, p, out=out)
+                _weighted_sums(rows, temperature, t, g, out=out)
+        _add_positives(by_row, u, (gradient * share).sum(-2).to(u.dtype))
         return _gradients(ctx, *gradient_of_rows(by_row.div_(temperature), u, length))
 
 
 def _unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    return unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)))
+    u, length = unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)))
+    # On a CPU, products with fewer than 12 columns round more and take longer (MKL adds up row by
+    # row): columns of zeros fill them up.
+    missing = 16 - u.shape[-1]
+    return (F.pad(u, (0, missing)) if missing > 0 else u), length
+
+
+def _batches(u: Tensor) -> Tensor:
+    return u.view(-1, *u.shape[-2:])
 
 
 def _bounded(temperature: Input) -> bool:
@@ -145,11 +152,28 @@ def _bounded(temperature: Input) -> bool:
     return not isinstance(temperature, Tensor) and temperature >= 1 / 64
 
 
+def _positive(scaled: Tensor, u: Tensor, n: int) -> Tensor:
+    """Return the scores of positives, `(*, 1, N)`. They carry most weight: a sum rounds less."""
+    return (scaled[..., :n, :] * u[..., n:, :]).sum(-1).unsqueeze(-2)
+
+
 def _losses(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the log of the sum over all and the share of the negatives, `(*, 2, N)`."""
     excess = negative - positive
     losses = F.softplus(excess, threshold=60)  # beyond it, log1p adds e^-60 or less
     return losses, positive + losses, torch.sigmoid(excess)
+
+
+def _add_positives(gradient: Tensor, u: Tensor, share: Tensor) -> None:
+    """Add the entries W_ip, times u, where W u was formed without them; `share` `(*, N)` is -W_ip.
+
+    They are as large as all others together. Within the sums of products, they would make the
+    partial sums large, and these round more.
+    """
+    pairs = (2, share.shape[-1])
+    other = u.unflatten(-2, pairs).flip(-3)
+    share = share.unsqueeze(-2).unsqueeze(-1)
+    gradient.unflatten(-2, pairs).addcmul_(share, other, value=-1)
 
 
 def _save(
@@ -166,7 +190,7 @@ def _gradients(ctx: Any, by_row: Tensor, along: Tensor) -> tuple[Tensor | None, 
     The loss depends on u_i · u_j / τ only: the gradient of τ follows from those of the rows.
     """
     z1, _, temperature = ctx.saved_tensors[:3]
-    first, second = by_row.to(z1.dtype).chunk(2, -2)
+    first, second = by_row[..., : z1.shape[-1]].to(z1.dtype).chunk(2, -2)
     if not ctx.needs_input_grad[2]:
         return first, second, None, None, None
     return first, second, (along.sum() / (-2 * temperature)).to(temperature), None, None
@@ -197,20 +221,21 @@ def _tiles(u: Tensor, temperature: Input) -> Iterator[tuple[Tensor, slice, slice
             yield scores, rows, columns, min(max(rows.stop - j, 0), shape[1])
 
 
-def _pairs(scores: Tensor, rows: slice, columns: slice, apart: int) -> Tensor:
-    """Return the entries (i, i + apart) of a tile, of which there may be none."""
-    return scores.diagonal(apart + rows.start - columns.start)
+def _fill(scores: Tensor, rows: slice, columns: slice, n: int, value: float) -> None:
+    """Fill the entries of a tile that belong to a row itself, or to its positive."""
+    for apart in (0, n, -n):
+        scores.diagonal(apart + rows.start - columns.start).fill_(value)  # it may be empty
 
 
 def _log_sums(u: Tensor, temperature: Input, *, out: Tensor) -> None:
     """Sum the exponentials of the scores of each row over its negatives, `(M, D)` -> `(M,)`."""
     bounded, n = _bounded(temperature), len(u) // 2
-    out.fill_(0 if bounded else -torch.inf)
+    nothing = 0 if bounded else -torch.inf
+    out.fill_(nothing)
     for scores, rows, columns, square in _tiles(u, temperature):
         if bounded:
             scores.exp_()
-        for apart in (0, n, -n):
-            _pairs(scores, rows, columns, apart).fill_(0 if bounded else -torch.inf)
+        _fill(scores, rows, columns, n, nothing)
         for part, dim, where in (
             (scores, -1, rows),
             (scores[:, square:], -2, slice(columns.start + square, columns.stop)),
@@ -224,23 +249,21 @@ def _log_sums(u: Tensor, temperature: Input, *, out: Tensor) -> None:
 
 
 def _weighted_sums(
-    u: Tensor, temperature: Input, total: Tensor, gradient: Tensor, pull: Tensor, *, out: Tensor
+    u: Tensor, temperature: Input, total: Tensor, gradient: Tensor, *, out: Tensor
 ) -> None:
-    """Add W u for rows `(M, D)`, whose anchors weigh `gradient` `(M,)`; `pull` `(N,)` is W_ip."""
-    bounded, n = _bounded(temperature), len(pull)
+    """Add W u, without the positives, for rows `(M, D)` whose anchors weigh `gradient` `(M,)`."""
+    bounded, n = _bounded(temperature), len(u) // 2
     weight = (gradient * torch.exp(-total)).to(u.dtype)
     total = total.to(u.dtype)
+    by_column = out.new_zeros(out.mT.shape)
     for scores, rows, columns, square in _tiles(u, temperature):
         if bounded:
             scores.exp_().mul_(weight[rows, None] + weight[columns])
         else:
             by_row = (scores - total[rows, None]).exp_().mul_(gradient[rows, None])
             scores.sub_(total[columns]).exp_().mul_(gradient[columns]).add_(by_row)
-        _pairs(scores, rows, columns, 0).zero_()
-        for apart in (n, -n):
-            positive = _pairs(scores, rows, columns, apart)
-            first = max(rows.start, columns.start - apart) % n
-            positive.copy_(pull[first : first + len(positive)])
+        _fill(scores, rows, columns, n, 0)
         out[rows].addmm_(scores, u[columns])
         right = slice(columns.start + square, columns.stop)
-        out[right].addmm_(scores[:, square:].mT, u[rows])
+        by_column[:, right].addmm_(u[rows].mT, scores[:, square:])
+    out.add_(by_column.mT)
