@@ -37,7 +37,7 @@ wheel: $(RUN)  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests that know nothing of the checkout, against the wheel in an environment of its own.
-WHEEL_TESTS = functional theorems modules recipes views errors sphere rotation distributed
+WHEEL_TESTS = functional kernels precision theorems modules recipes views errors sphere rotation distributed
 test-wheel: wheel  ## test the wheel in an environment of its own
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -r tests pyproject.toml build/wheel
@@ -48,7 +48,13 @@ test-wheel: wheel  ## test the wheel in an environment of its own
 	cd build/wheel && venv/bin/python -m pytest $(WHEEL_TESTS:%=tests/test_%.py)
 
 bench: $(VENV)/.bench  ## the losses, rotations, the sphere, and where others fail; make bench ARGS=--quick
+	$(RUN) benchmarks/operations.py $(ARGS)
+	$(RUN) benchmarks/precision.py $(ARGS)
+	$(RUN) benchmarks/contrastive.py $(ARGS)
+	$(RUN) benchmarks/memory.py $(ARGS)
+	$(RUN) benchmarks/equivariance.py $(ARGS)
 	$(RUN) benchmarks/care.py $(ARGS)
+	$(RUN) benchmarks/step.py $(ARGS)
 	$(RUN) benchmarks/chunks.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/procrustes_gradients.py

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as synchronized_clock
 
 Row = dict[str, object]
 
@@ -60,17 +61,26 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
         name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         for name, call in calls.items()
     }
-    slow = {name: timer.timeit(1).mean > 0.5 for name, timer in timers.items()}
-    for name, timer in timers.items():
-        if not slow[name]:
-            timer.timeit(3)
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for call in calls.values():
+        once(call)  # to compile, say
+    slow = {name for name, call in calls.items() if once(call) > 0.5}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, timer in timers.items():
+        for name, call in calls.items():
             # A block of several runs for one sample would be wasted on a slow call.
-            sample = timer.timeit(1) if slow[name] else timer.blocked_autorange(min_run_time=0.1)
-            seconds[name].append(sample.median)
+            if name in slow:
+                sample = once(call)
+            else:
+                sample = timers[name].blocked_autorange(min_run_time=0.1).median
+            seconds[name].append(sample)
     return seconds
+
+
+def once(call: Callable[[], Any]) -> float:
+    """Return the seconds of one run of a call."""
+    start = synchronized_clock()
+    call()
+    return synchronized_clock() - start
 
 
 def ratio_columns(times: list[float], reference: list[float]) -> Row:

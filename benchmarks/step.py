@@ -94,7 +94,8 @@ def main() -> None:
         train()
         print(megabytes(train, options.device))
         return
-    seconds = take_turns({name: step(name, batch, **tensor) for name in CONTENDERS}, options.rounds)
+    names = ["lightly", "care_loss, two forwards"] if options.quick else list(CONTENDERS)
+    seconds = take_turns({name: step(name, batch, **tensor) for name in names}, options.rounds)
     rows: list[Row] = []
     print(f"{'':<28}images/s        MB  ratio to lightly's")
     for name, times in seconds.items():

@@ -5,21 +5,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def run(name, *options):
-    command = [sys.executable, "-W", "error", str(BENCHMARKS / name), *options]
+    # torch warns of its own use of TorchScript when inductor is first used.
+    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning:torch.jit._script"]
+    command = [sys.executable, *warnings, str(BENCHMARKS / name), *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_rotations_are_timed_beside_their_rivals(tmp_path, device):
     path = tmp_path / "procrustes.csv"
     printed = run("procrustes.py", "--quick", "--device", str(device), "--csv", str(path))
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     contenders = {row["contender"] for row in rows}
     assert {"floor: the product", "SVD", "care_loss", "care_loss, SO(D)", "roma"} <= contenders
     assert all(contender in printed for contender in contenders)
@@ -36,8 +44,7 @@ def test_rotations_are_timed_beside_their_rivals(tmp_path, device):
 def test_rivals_fail_where_it_is_said_and_care_loss_does_not(tmp_path):
     path = tmp_path / "gradients.csv"
     run("procrustes_gradients.py", "--csv", str(path))
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     assert all(row["passed"] == "True" for row in rows if row["contender"] == "care_loss")
     failed = {row["contender"] for row in rows if row["passed"] == "False"}
     assert failed == {"SVD with autograd", "roma", "torchmetrics"}
@@ -47,8 +54,7 @@ def test_the_sphere_keeps_its_bounds_beside_its_rivals(tmp_path):
     path = tmp_path / "errors.csv"
     printed = run("sphere.py", "--quick", "--errors", str(path))
     assert "copy of the inputs" in printed
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     found = {(row["question"], row["dtype"], row["angle"]): row for row in rows}
     itself = found["distance of a point to itself", "float32", "0"]
     assert float(itself["care_loss"]) == 0
@@ -58,7 +64,67 @@ def test_the_sphere_keeps_its_bounds_beside_its_rivals(tmp_path):
 def test_ways_to_give_chunks_are_timed(tmp_path):
     path = tmp_path / "chunks.csv"
     run("chunks.py", "--quick", "--csv", str(path))
-    with path.open(newline="") as file:
-        ratios = {row["given as"]: float(row["ratio"]) for row in csv.DictReader(file)}
+    ratios = {row["given as"]: float(row["ratio"]) for row in read(path)}
     assert ratios["a number"] == 1
     assert len(ratios) == 5
+
+
+def contenders_of(name, tmp_path, device, *options):
+    path = tmp_path / "results.csv"
+    printed = run(name, "--quick", "--device", str(device), "--csv", str(path), *options)
+    rows = read(path)
+    assert all(row["contender"] in printed for row in rows)
+    assert all(row["commit"] and row["torch"] and row["device"] for row in rows)
+    return {row["contender"]: row for row in rows}
+
+
+COMPILED = "torch.compile of plain"
+
+
+@pytest.mark.parametrize(
+    ("name", "rivals"),
+    [
+        ("contrastive.py", {"authors", "lightly", "pytorch-metric-learning", "plain autograd"}),
+        ("equivariance.py", {"authors", "plain autograd"}),
+        ("care.py", {"authors", "plain autograd", "torch.compile of care_loss"}),
+    ],
+)
+def test_losses_are_timed_beside_their_rivals_and_a_floor(name, rivals, tmp_path, device):
+    found = contenders_of(name, tmp_path, device, "--rounds", "2")
+    assert rivals | {COMPILED, "care_loss", "matrix products alone"} <= set(found)
+    assert float(found["authors"]["ratio"]) == 1
+    assert all(float(row["ms"]) > 0 for row in found.values())
+
+
+def test_memory_is_measured_in_a_process_of_each_contender(tmp_path, device):
+    found = contenders_of("memory.py", tmp_path, device)
+    assert set(found) == {"authors", "lightly", "plain autograd", COMPILED, "care_loss"}
+    matrix = 4 * 512**2 / 2**20
+    assert float(found["plain autograd"]["MB"]) > matrix
+
+
+def test_operations_are_counted(tmp_path, device):
+    path = tmp_path / "operations.csv"
+    run("operations.py", "--quick", "--device", str(device), "--csv", str(path))
+    found = {(row["loss"], row["contender"]): row for row in read(path)}
+    assert int(found["CARE", "authors"]["operations"]) > 4000
+    assert int(found["CARE", "authors"]["waiting"]) > 30
+    assert int(found["CARE", "care_loss"]["operations"]) <= 120
+    assert int(found["CARE", "care_loss"]["waiting"]) == 0
+
+
+def test_digits_are_counted_beside_rivals(tmp_path, device):
+    path = tmp_path / "precision.csv"
+    run("precision.py", "--device", str(device), "--rounds", "2", "--csv", str(path))
+    found = {(row["loss"], row["at"], row["contender"]): row for row in read(path)}
+    assert float(found["InfoNCE", "0.0125", "care_loss"]["gradient"]) < 1e-4
+    for rival in ("authors", "lightly", "plain autograd"):
+        assert float(found["InfoNCE", "0.0125", rival]["gradient"]) > 0.1
+    assert float(found["equivariance", "0.0001", "care_loss"]["value"]) < 1e-2
+    assert float(found["equivariance", "0.0001", "products of the columns"]["value"]) > 0.1
+
+
+def test_a_whole_step_is_timed_with_each_loss(tmp_path, device):
+    found = contenders_of("step.py", tmp_path, device, "--rounds", "2")
+    assert {"lightly", "care_loss, two forwards"} == set(found)
+    assert all(float(row["images/s"]) > 0 < float(row["MB"]) for row in found.values())
