@@ -233,6 +233,31 @@ def test_leading_dimensions_are_batches_of_their_own(loss, device):
     torch.testing.assert_close(loss(z1, z2), torch.stack(each).mean())
 
 
+@pytest.mark.parametrize("patches", [2, 49, 196])
+def test_equivariance_of_patches_is_gram_anchoring(patches, device):
+    student, teacher = torch.randn(2, 5, patches, 12, dtype=torch.float64, device=device)
+    student.requires_grad_(), teacher.requires_grad_()
+
+    def gram_anchoring(student, teacher):
+        grams = [F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT for x in (student, teacher)]
+        return F.mse_loss(*grams)  # over all entries, the diagonal included
+
+    loss = equivariance_loss(student, teacher.detach()) * (patches - 1) / patches
+    expected = gram_anchoring(student, teacher.detach())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, student), torch.autograd.grad(expected, student)
+    )
+
+
+def test_the_number_of_images_does_not_change_the_number_of_operations(device):
+    def detached(z1, z2):
+        return equivariance_loss(z1, z2.detach())
+
+    few, many = (len(operations(detached, b, 7, 4, device=device)) for b in (1, 300))
+    assert few == many
+
+
 def test_leading_dimensions_lead_the_values(device):
     z1, z2 = torch.randn(2, 2, 3, 11, 5, device=device)
     assert info_nce_loss(z1, z2, reduction="none").shape == (2, 3, 2, 11)

@@ -1,23 +1,29 @@
-"""Unit rows, and the derivative of making them."""
+"""Unit rows, and the gradient of making them."""
 
 import torch
 from torch import Tensor
 
 
-def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows `(*, D)` scaled to unit length, and their lengths `(*, 1)`, infinite for zeros.
+def largest_entries(x: Tensor) -> Tensor:
+    """Return the largest absolute entry of each row, infinite for zeros, `(*, D)` -> `(*, 1)`.
 
-    A row of zeros stays 0 and gets a gradient of exactly 0.
+    x/‖x‖ does not change when x is divided by a constant, and this may be treated as one. Divided
+    by it, no row overflows: every sum of squares is in [1, D]. A row of zeros, and its gradient,
+    become exactly 0.
     """
-    # x/‖x‖ does not change when x is divided by a constant, and the largest entry may be treated
-    # as one: it brings every sum of squares into [1, D]. Dividing a zero row by infinity makes both
-    # the row and its gradient exactly 0.
     largest = x.detach().abs().amax(-1, keepdim=True)
-    largest.masked_fill_(largest == 0, torch.inf)
-    y = x / largest
+    return largest.masked_fill_(largest == 0, torch.inf)
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide rows `(*, D)` by their lengths, in place.
+
+    Returns them, and the lengths `(*, 1)`, infinite for rows of zeros.
+    """
+    largest = largest_entries(x)
     # Only zero rows are below 1, so the clamp changes nothing else.
-    length = y.square().sum(-1, keepdim=True).clamp_min(1).sqrt()
-    return y / length, largest * length
+    length = torch.linalg.vector_norm(x.div_(largest), dim=-1, keepdim=True).clamp_min_(1)
+    return x.div_(length), length.mul_(largest)
 
 
 def gradient_of_rows(gradient: Tensor, unit: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
