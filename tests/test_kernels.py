@@ -113,3 +113,11 @@ def test_a_view_without_gradient_gets_none(loss, device):
     assert z2.grad is None
     with torch.no_grad():
         assert not loss(z1, z2).requires_grad
+
+
+def test_long_chunks_of_equal_views_are_never_negative(device):
+    for seed in range(20):
+        z = torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)).to(device)
+        rotated = z.roll(1, -1)  # an orthogonal map, exactly
+        loss = equivariance_loss(z, rotated)
+        assert 0 <= loss < 1e-14

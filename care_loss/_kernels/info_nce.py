@@ -136,11 +136,7 @@ class _Tiled(Function):
 
 
 def _unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    u, length = unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)))
-    # On a CPU, products with fewer than 12 columns round more and take longer (MKL adds up row by
-    # row): columns of zeros fill them up.
-    missing = 16 - u.shape[-1]
-    return (F.pad(u, (0, missing)) if missing > 0 else u), length
+    return unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)))
 
 
 def _batches(u: Tensor) -> Tensor:
@@ -190,7 +186,7 @@ def _gradients(ctx: Any, by_row: Tensor, along: Tensor) -> tuple[Tensor | None, 
     The loss depends on u_i · u_j / τ only: the gradient of τ follows from those of the rows.
     """
     z1, _, temperature = ctx.saved_tensors[:3]
-    first, second = by_row[..., : z1.shape[-1]].to(z1.dtype).chunk(2, -2)
+    first, second = by_row.to(z1.dtype).chunk(2, -2)
     if not ctx.needs_input_grad[2]:
         return first, second, None, None, None
     return first, second, (along.sum() / (-2 * temperature)).to(temperature), None, None
