@@ -69,11 +69,14 @@ def measure(n: int, d: int, rounds: int, **tensor: Any) -> list[Row]:
 
 
 def main() -> None:
-    options = parser(__doc__, rounds=5).parse_args()
+    accepted = parser(__doc__, rounds=5)
+    accepted.add_argument("--most", type=int, default=SIZES[-1][0], help="the largest N")
+    options = accepted.parse_args()
     tensor = start(options)
     rows = []
     print(f"{'N':>6} {'D':>4}  {'':<26}{'ms':>10}  {'ratio':<26}  ratio to the floor")
-    for size in SIZES[: 1 if options.quick else None]:
+    sizes = [size for size in SIZES if size[0] <= options.most]
+    for size in sizes[: 1 if options.quick else None]:
         for row in measure(*size, options.rounds, **tensor):
             rows.append(row | {"dtype": options.dtype} | provenance(options.device))
             ratio = "{ratio} ({ratio_low} to {ratio_high})".format(**row)

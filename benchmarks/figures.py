@@ -38,10 +38,14 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def curves(rows: list[dict[str, str]], x: str, y: str, **wanted: str) -> Curves:
-    """Return the points of each contender, from the rows that have what is wanted."""
+    """Return the points of each contender, from the rows that have what is wanted.
+
+    Points that a logarithmic plot cannot show are left out: NaN, and memory too small to be seen.
+    """
     found = defaultdict(list)
     for row in rows:
-        if all(row[key] == value for key, value in wanted.items()) and row["contender"] in STYLES:
+        wanted_row = all(row[key] == value for key, value in wanted.items())
+        if wanted_row and row["contender"] in STYLES and 0 < float(row[y]) < math.inf:
             found[row["contender"]].append((float(row[x]), float(row[y])))
     return dict(found)
 
@@ -89,10 +93,6 @@ def main() -> None:
     time = curves(read("contrastive-cpu.csv"), "N", "ms", D="128")
     memory = curves(read("memory-cpu.csv"), "N", "MB", D="128")
     errors = curves(read("precision-cpu.csv"), "at", "gradient", loss="InfoNCE")
-    errors = {
-        name: [point for point in points if math.isfinite(point[1])]
-        for name, points in errors.items()
-    }
     rows = growth({"time": time, "memory": memory})
     for row in rows:
         print("{quantity:<8}{contender:<24}{from:>6} to {to:>6}: {slope}".format(**row))
