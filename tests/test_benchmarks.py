@@ -128,3 +128,10 @@ def test_a_whole_step_is_timed_with_each_loss(tmp_path, device):
     found = contenders_of("step.py", tmp_path, device, "--rounds", "2")
     assert {"lightly", "care_loss, two forwards"} == set(found)
     assert all(float(row["images/s"]) > 0 < float(row["MB"]) for row in found.values())
+
+
+def test_the_figure_is_drawn_from_the_results(tmp_path):
+    figure, table = tmp_path / "speed.png", tmp_path / "growth.csv"
+    run("figures.py", "--figure", str(figure), "--csv", str(table))
+    assert figure.stat().st_size > 10_000
+    assert read(table) == read(BENCHMARKS / "results" / "growth.csv")
