@@ -27,9 +27,9 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_of_rows(gradient: Tensor, unit: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient with respect to rows from that with respect to their unit rows.
+    """Turn a gradient with respect to unit rows into that with respect to the rows, in place.
 
-    Also returns the inner products of unit rows and gradients `(*, 1)`.
+    Returns it, and the inner products of unit rows and their gradients, `(*, 1)`.
     """
     along = (unit * gradient).sum(-1, keepdim=True)
-    return torch.addcmul(gradient, unit, along, value=-1).div_(length), along
+    return gradient.addcmul_(unit, along, value=-1).div_(length), along
