@@ -137,7 +137,9 @@ def megabytes(call: Callable[[], Any], device: str) -> float:
     before = int(pages.read_text().split()[1])
     watcher = threading.Thread(target=watch)
     watcher.start()
-    call()
-    done.set()
-    watcher.join()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
     return max(0, max(seen, default=before) - before) * 4096 / 2**20

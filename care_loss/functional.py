@@ -7,14 +7,15 @@ float64 stays float64. No function makes the host wait for a GPU.
 
 InfoNCE and the equivariance loss are stated here as plain compositions of PyTorch operations. Where
 first derivatives are enough, they are computed with gradients derived by hand, in less time and
-memory; `torch.compile`, `torch.func`, forward mode and second derivatives use the plain
-composition.
+memory. `torch.compile`, `torch.func`, forward mode, second derivatives, a queue of negatives and
+ids that are not read use the plain composition.
 
 Autocast is disabled around matrix products. InfoNCE follows PyTorch's setting of the precision of
 float32 products (TF32, say). The equivariance, uniformity and alignment losses would lose too much
 by this: they are computed in float64, or, for chunks up to four times as long as the embedding
-dimension and float32 products that are not rounded further, in float32. If a compiled backward runs
-under autocast, the gradient of InfoNCE is rounded to 16 bits like that of any other layer.
+dimension and float32 products that are not rounded further, in float32. If a backward of the plain
+composition runs under autocast, the gradient of InfoNCE is rounded to 16 bits like that of any
+other layer.
 """
 
 import math

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from care_loss._kernels import info_nce as kernel
 from care_loss.functional import equivariance_loss, info_nce_loss
@@ -121,3 +122,56 @@ def test_long_chunks_of_equal_views_are_never_negative(device):
         rotated = z.roll(1, -1)  # an orthogonal map, exactly
         loss = equivariance_loss(z, rotated)
         assert 0 <= loss < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_learned_temperature_of_a_half_type_does_not_overflow(dtype, device):
+    z1, z2 = torch.randn(2, 200, 512, 4, device=device)
+    z1.requires_grad_()
+    learned = torch.tensor(0.5, dtype=dtype, device=device)
+    found, expected = (
+        torch.autograd.grad(info_nce_loss(z1, z2, temperature=t), z1) for t in (learned, 0.5)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loss", [info_nce_loss, equivariance_loss])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_activation_checkpoints(loss, reduction, device):
+    def total(z1, z2):
+        return loss(z1, z2, reduction=reduction).sum()
+
+    views = [z.requires_grad_() for z in torch.randn(2, 6, 3, device=device).unbind()]
+    expected = torch.autograd.grad(total(*views), views)
+    found = torch.autograd.grad(checkpoint(total, *views, use_reentrant=False), views)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-8, 1e-20])
+def test_small_weights_of_the_loss_do_not_underflow(weight, small_tiles, device):
+    z1, z2 = (torch.randn(16) + 0.05 * torch.randn(2, 20, 16)).to(device)
+    z1.requires_grad_()
+    (expected,) = torch.autograd.grad(info_nce_loss(z1, z2, temperature=1 / 64), z1)
+    (found,) = torch.autograd.grad(weight * info_nce_loss(z1, z2, temperature=1 / 64), z1)
+    torch.testing.assert_close(found / weight, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [info_nce_loss, equivariance_loss])
+def test_any_memory_layout(loss, device):
+    z1, z2 = torch.randn(2, 2, 12, 5, 3, dtype=torch.float64, device=device)
+    for order in ((0, 3, 1, 2), (2, 0, 1, 3), (3, 2, 1, 0)):
+        for reduction in ("mean", "none"):
+            views = z1.permute(order), z2.permute(order)
+            assert_is_the_plain_composition(partial(loss, reduction=reduction), *views)
+
+
+@pytest.mark.parametrize("loss", [info_nce_loss, equivariance_loss])
+def test_batches_of_gradients(loss, device):
+    views = [z.requires_grad_() for z in torch.randn(2, 3, 6, 4, device=device).unbind()]
+    values = loss(*views, reduction="none")
+    weights = torch.randn(5, *values.shape, device=device)
+    found = torch.autograd.grad(values, views, weights, is_grads_batched=True, retain_graph=True)
+    for i, weight in enumerate(weights):
+        expected = torch.autograd.grad(values, views, weight, retain_graph=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours[i], theirs)

@@ -146,7 +146,7 @@ LINES_OF_CODE = {  # at most; what has no entry may have 30
     "_checks": 450,
     "_chunks": 45,
     "_kernels.gram_gap": 135,
-    "_kernels.info_nce": 190,
+    "_kernels.info_nce": 200,
     "_kernels.paths": 45,
     "_numerics": 40,
     "distributed": 40,

@@ -5,9 +5,9 @@ With the unit rows U and V of a chunk `(n, D)` and Δ = U Uᵀ - V Vᵀ without 
 
 The direct form computes Δ. For long chunks, the sum over all entries and the products come from
 C = [U, V]ᵀ [U, V], `(2D, 2D)`. With C' for C with its off-diagonal blocks negated, the sum is that
-of the entries of C times those of C', and [Δ U, -Δ V] = [U, V] C'. Both lose digits where the views
-are close, and are computed in float64. The diagonal of Δ is subtracted: it is not 0 where one of
-two rows is.
+of the entries of C times those of C', and [Δ U, -Δ V] = [U, V] C'. The sum and the products lose
+digits where the views are close, and are computed in float64. The diagonal of Δ is subtracted: it
+is not 0 where one of two rows is.
 """
 
 import math
@@ -91,10 +91,10 @@ class _GramGap(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z1, z2, order, by_row = ctx.saved_tensors
-        others = (None,) * 6
+        others = (None,) * 6  # of the other arguments
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad[:2]
-            return *plain_gradients(ctx.plain, (z1, z2), needed, gradient), None, *others
+            return *plain_gradients(ctx.plain, (z1, z2), needed, gradient), *others
         if gradient.ndim:  # one for each chunk: repeat it for the rows
             parts = gradient.split([k for k, _ in ctx.runs], -1)
             rows = zip(parts, ctx.runs, strict=True)
@@ -103,7 +103,7 @@ class _GramGap(Function):
         found = (by_row * gradient).to(z1.dtype)
         if order is not None:
             found = found.new_zeros(2, *z1.shape).index_copy_(-2, order, found)
-        return *found.unbind(), None, *others
+        return *found.unbind(), *others
 
 
 def _cut(x: Tensor, runs: Runs) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """InfoNCE over the rows of two views, with its gradient.
 
-With unit rows u, s_ij = u_i · u_j / τ and the positive p(i) of row i, the quantities of an anchor:
+With unit rows u, s_ij = u_i · u_j / τ and the positive p(i) of row i, each anchor has these:
 
     a_i = log Σ_{j ≠ i, p(i)} exp(s_ij)         the log of the sum over its negatives
     ℓ_i = softplus(a_i - s_ip)                  its loss
@@ -17,7 +17,7 @@ visits the tiles on and above the diagonal, in the forward for the sums and agai
 and each tile serves both its rows and its columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.autograd import Function
 from care_loss._kernels.paths import (
     Input,
     Plain,
+    is_batch_of_gradients,
     is_dense,
     need_gradient,
     plain_gradients,
@@ -83,16 +84,16 @@ class _Dense(Function):
                     scores = scores + scores.mT
                 gradient = scores @ u
                 _add_positives(gradient, u, share.sum(-2))
-                gradient.div_(temperature * max(losses.numel(), 1))
+                gradient.div_(temperature).div_(max(losses.numel(), 1))
                 _save(ctx, z1, z2, temperature, plain, *gradient_of_rows(gradient, u, length))
         return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, by_row, along = ctx.saved_tensors  # once: checkpoints allow no more
         if torch.is_grad_enabled():
-            return _second_derivatives(ctx, gradient)
-        by_row, along = ctx.saved_tensors[3:]
-        return _gradients(ctx, by_row * gradient, along * gradient)
+            return _second_derivatives(ctx, inputs, gradient)
+        return _gradients(ctx, inputs, by_row * gradient, along * gradient)
 
 
 class _Tiled(Function):
@@ -116,11 +117,14 @@ class _Tiled(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _second_derivatives(ctx, gradient)
-        temperature, u, length, total, share = ctx.saved_tensors[2:]
-        temperature = ctx.temperature if temperature is None else temperature
-        n = total.shape[-1]
+        *inputs, u, length, total, share = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
+            return _second_derivatives(ctx, inputs, gradient)
+        temperature, n = _temperature(ctx, inputs), total.shape[-1]
+        # A small gradient times exp(-t) could underflow before it meets exp(s).
+        scale = gradient.abs().amax((-2, -1), keepdim=True)
+        scale.masked_fill_(scale == 0, 1)
+        gradient = gradient / scale
         by_row = torch.zeros_like(u)
         with without_autocast(u):
             for rows, t, g, out in zip(
@@ -132,11 +136,13 @@ class _Tiled(Function):
             ):
                 _weighted_sums(rows, temperature, t, g, out=out)
         _add_positives(by_row, u, (gradient * share).sum(-2).to(u.dtype))
-        return _gradients(ctx, *gradient_of_rows(by_row.div_(temperature), u, length))
+        by_row.div_(temperature).mul_(scale)
+        return _gradients(ctx, inputs, *gradient_of_rows(by_row, u, length))
 
 
 def _unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    return unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)))
+    # cat keeps the memory format of images, say.
+    return unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)).contiguous())
 
 
 def _batches(u: Tensor) -> Tensor:
@@ -180,22 +186,31 @@ def _save(
     ctx.save_for_backward(z1, z2, temperature if is_tensor else None, *found)
 
 
-def _gradients(ctx: Any, by_row: Tensor, along: Tensor) -> tuple[Tensor | None, ...]:
+def _temperature(ctx: Any, inputs: Sequence[Tensor | None]) -> Input:
+    temperature: Input = ctx.temperature if inputs[2] is None else inputs[2]
+    return temperature
+
+
+def _gradients(
+    ctx: Any, inputs: Sequence[Tensor], by_row: Tensor, along: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of the arguments, from that of the rows of both views.
 
     The loss depends on u_i · u_j / τ only: the gradient of τ follows from those of the rows.
     """
-    z1, _, temperature = ctx.saved_tensors[:3]
+    z1, _, temperature = inputs
     first, second = by_row.to(z1.dtype).chunk(2, -2)
     if not ctx.needs_input_grad[2]:
         return first, second, None, None, None
     return first, second, (along.sum() / (-2 * temperature)).to(temperature), None, None
 
 
-def _second_derivatives(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    z1, z2, temperature = ctx.saved_tensors[:3]
-    inputs = (z1, z2, ctx.temperature if temperature is None else temperature)
-    return *plain_gradients(ctx.plain, inputs, ctx.needs_input_grad[:3], gradient), None, None
+def _second_derivatives(
+    ctx: Any, inputs: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    arguments = (*inputs[:2], _temperature(ctx, inputs))
+    needed = ctx.needs_input_grad[:3]
+    return *plain_gradients(ctx.plain, arguments, needed, gradient), None, None
 
 
 def _tiles(u: Tensor, temperature: Input) -> Iterator[tuple[Tensor, slice, slice, int]]:

@@ -24,9 +24,14 @@ def by_hand(*inputs: Input) -> bool:
     return all(forward_ad.unpack_dual(x).tangent is None for x in tensors)
 
 
+def is_batch_of_gradients(gradient: Tensor) -> bool:
+    """Whether a backward is given many gradients at once, with `is_grads_batched=True`."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def is_dense(rows: int, device: torch.device) -> bool:
     """Whether InfoNCE keeps the matrix of all products of its rows."""
-    # 4 MiB, which fit a cache, or 64 MiB.
+    # In float32 it has 4 MiB, which fit a cache, or 64 MiB.
     return rows <= (1024 if device.type == "cpu" else 4096)
 
 
