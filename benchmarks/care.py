@@ -8,12 +8,11 @@ that other work on the machine slows all of them alike. The table has medians ov
 quartiles of the ratio.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import Row, parser, provenance, ratio_columns, start, take_turns, write_csv
+from measuring import Row, parser, ratio_columns, report, start, take_turns
 from rivals import authors, plain_equivariance, plain_info_nce, products
 from torch import Tensor
 
@@ -72,17 +71,13 @@ def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row
 def main() -> None:
     options = parser(__doc__, rounds=9).parse_args()
     tensor = start(options)
-    rows = []
     print(f"{'N':>5} {'D':>4} {'chunks':>6}  {'':<28}{'ms':>9}  ratio to the authors'")
-    for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, options.rounds, **tensor):
-            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-            print(
-                "{N:>5} {D:>4} {chunks:>6}  {contender:<28}{ms:>9}  "
-                "{ratio} ({ratio_low} to {ratio_high})".format(**row)
-            )
-            sys.stdout.flush()
-    write_csv(options.csv, rows)
+    sizes = SIZES[: 1 if options.quick else None]
+    rows = (row for size in sizes for row in measure(*size, options.rounds, **tensor))
+    line = (
+        "{N:>5} {D:>4} {chunks:>6}  {contender:<28}{ms:>9}  {ratio} ({ratio_low} to {ratio_high})"
+    )
+    report(options, rows, line)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,19 @@ returns them, as ids in order or shuffled, and as ids that are not read (as unde
 GPU), which need the full N x N Gram matrices. Times are ratios to the number in the same round.
 """
 
-import sys
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from measuring import (
+    RATIO,
     Row,
     leaves,
     parser,
-    provenance,
     ratio_columns,
+    report,
     start,
     take_turns,
-    write_csv,
 )
 from torch import Tensor
 
@@ -68,16 +67,10 @@ def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row
 def main() -> None:
     options = parser(__doc__, rounds=9).parse_args()
     tensor = start(options)
-    rows = []
-    for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, options.rounds, **tensor):
-            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-            print(
-                "N = {N}, D = {D}, {chunks} chunks: {given as:<28}{ms:>9} ms  "
-                "{ratio} ({ratio_low} to {ratio_high})".format(**row)
-            )
-            sys.stdout.flush()
-    write_csv(options.csv, rows)
+    sizes = SIZES[: 1 if options.quick else None]
+    rows = (row for size in sizes for row in measure(*size, options.rounds, **tensor))
+    line = "N = {N}, D = {D}, {chunks} chunks: {given as:<28}{ms:>9} ms  "
+    report(options, rows, line + RATIO)
 
 
 if __name__ == "__main__":

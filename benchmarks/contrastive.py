@@ -9,20 +9,19 @@ The floor is the matrix products alone, in blocks of 256 rows that stay in the c
 other arithmetic and without allocation.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from measuring import (
+    RATIO,
     Row,
     leaves,
     parser,
-    provenance,
     ratio_columns,
+    report,
     start,
     take_turns,
-    write_csv,
 )
 from rivals import info_nce_products, info_nce_rivals
 
@@ -73,19 +72,11 @@ def main() -> None:
     accepted.add_argument("--most", type=int, default=SIZES[-1][0], help="the largest N")
     options = accepted.parse_args()
     tensor = start(options)
-    rows = []
-    print(f"{'N':>6} {'D':>4}  {'':<26}{'ms':>10}  {'ratio':<26}  ratio to the floor")
-    sizes = [size for size in SIZES if size[0] <= options.most]
-    for size in sizes[: 1 if options.quick else None]:
-        for row in measure(*size, options.rounds, **tensor):
-            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-            ratio = "{ratio} ({ratio_low} to {ratio_high})".format(**row)
-            print(
-                f"{row['N']:>6} {row['D']:>4}  {row['contender']:<26}{row['ms']:>10}  {ratio:<26}"
-                f"  {row['ratio to floor']}"
-            )
-            sys.stdout.flush()
-    write_csv(options.csv, rows)
+    print(f"{'N':>6} {'D':>4}  {'':<26}{'ms':>10}  {'to the floor':<14}ratio")
+    sizes = [size for size in SIZES if size[0] <= options.most][: 1 if options.quick else None]
+    rows = (row for size in sizes for row in measure(*size, options.rounds, **tensor))
+    line = "{N:>6} {D:>4}  {contender:<26}{ms:>10}  {ratio to floor:<14}"
+    report(options, rows, line + RATIO)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ take turns, and ratios are to the authors' time in the same round. The floor is 
 of the direct form alone.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +17,10 @@ from measuring import (
     Row,
     leaves,
     parser,
-    provenance,
     ratio_columns,
+    report,
     start,
     take_turns,
-    write_csv,
 )
 from rivals import authors_equivariance, equivariance_products, plain_equivariance
 
@@ -74,17 +72,13 @@ def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row
 def main() -> None:
     options = parser(__doc__, rounds=7).parse_args()
     tensor = start(options)
-    rows = []
     print(f"{'N':>6} {'D':>4} {'chunks':>6}  {'':<32}{'ms':>9}  ratio to the authors'")
-    for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, options.rounds, **tensor):
-            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-            print(
-                "{N:>6} {D:>4} {chunks:>6}  {contender:<32}{ms:>9}  "
-                "{ratio} ({ratio_low} to {ratio_high})".format(**row)
-            )
-            sys.stdout.flush()
-    write_csv(options.csv, rows)
+    sizes = SIZES[: 1 if options.quick else None]
+    rows = (row for size in sizes for row in measure(*size, options.rounds, **tensor))
+    line = (
+        "{N:>6} {D:>4} {chunks:>6}  {contender:<32}{ms:>9}  {ratio} ({ratio_low} to {ratio_high})"
+    )
+    report(options, rows, line)
 
 
 if __name__ == "__main__":

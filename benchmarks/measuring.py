@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as synchronized_clock
 
 Row = dict[str, object]
+
+RATIO = "{ratio} ({ratio_low} to {ratio_high})"  # of the columns of ratio_columns
 
 
 def parser(question: str, rounds: int | None = None) -> argparse.ArgumentParser:
@@ -105,6 +107,16 @@ def provenance(device: str) -> Row:
         "python": platform.python_version(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }
+
+
+def report(options: argparse.Namespace, rows: Iterable[Row], line: str) -> None:
+    """Print each row as it comes, and write all of them, with where they come from."""
+    origin = {"dtype": options.dtype} | provenance(options.device)
+    found = []
+    for row in rows:
+        found.append(row | origin)
+        print(line.format(**row), flush=True)
+    write_csv(options.csv, found)
 
 
 def write_csv(path: Path | None, rows: list[Row]) -> None:

@@ -8,7 +8,7 @@ the peak is that of the resident memory of the process; on CUDA that of the allo
 """
 
 import argparse
-import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,8 @@ from measuring import (
     megabytes,
     parser,
     printed_by_another_process,
-    provenance,
+    report,
     start,
-    write_csv,
 )
 from rivals import info_nce_rivals
 
@@ -52,6 +51,13 @@ def measure(contender: str, n: int, d: int, **tensor: Any) -> float:
     return step(n)
 
 
+def measure_all(options: argparse.Namespace) -> Iterator[Row]:
+    for n, d in SIZES[: 1 if options.quick else None]:
+        for contender in [name for name, most in CONTENDERS.items() if n <= most]:
+            found = printed_by_another_process(__file__, options, "--one", contender, n, d)
+            yield {"N": n, "D": d, "contender": contender, "MB": f"{float(found):.1f}"}
+
+
 def main() -> None:
     accepted = parser(__doc__)
     accepted.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -61,16 +67,8 @@ def main() -> None:
         contender, n, d = options.one
         print(measure(contender, int(n), int(d), **tensor))
         return
-    rows: list[Row] = []
     print(f"{'N':>6} {'D':>4}  {'':<26}{'MB':>8}")
-    for n, d in SIZES[: 1 if options.quick else None]:
-        for contender in [name for name, most in CONTENDERS.items() if n <= most]:
-            found = printed_by_another_process(__file__, options, "--one", contender, n, d)
-            row = {"N": n, "D": d, "contender": contender, "MB": f"{float(found):.1f}"}
-            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-            print("{N:>6} {D:>4}  {contender:<26}{MB:>8}".format(**row))
-            sys.stdout.flush()
-    write_csv(options.csv, rows)
+    report(options, measure_all(options), "{N:>6} {D:>4}  {contender:<26}{MB:>8}")
 
 
 if __name__ == "__main__":

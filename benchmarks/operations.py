@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import Row, leaves, parser, provenance, start, write_csv
+from measuring import Row, leaves, parser, report, start
 from rivals import authors, authors_equivariance, info_nce_rivals
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,16 +67,11 @@ def measure(n: int, d: int, chunks: int, **tensor: Any) -> list[Row]:
 def main() -> None:
     options = parser(__doc__).parse_args()
     tensor = start(options)
-    rows = []
     print(f"{'N':>5} {'D':>4} {'chunks':>6}  {'':<14}{'':<16}operations  of which wait")
-    for size in SIZES[: 1 if options.quick else None]:
-        for row in measure(*size, **tensor):
-            rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-            print(
-                "{N:>5} {D:>4} {chunks:>6}  {loss:<14}{contender:<16}{operations:>10}"
-                "  {waiting}".format(**row)
-            )
-    write_csv(options.csv, rows)
+    sizes = SIZES[: 1 if options.quick else None]
+    rows = (row for size in sizes for row in measure(*size, **tensor))
+    line = "{N:>5} {D:>4} {chunks:>6}  {loss:<14}{contender:<16}{operations:>10}  {waiting}"
+    report(options, rows, line)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ short chunks and in chunks with many more rows than dimensions. Errors are relat
 in float64, and root mean squares over draws.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Row, parser, provenance, start, write_csv
+from measuring import Row, parser, report, start
 from rivals import authors_equivariance, info_nce_rivals, plain_equivariance
 from torch import Tensor
 
@@ -138,15 +137,8 @@ def main() -> None:
     tensor = start(options)
     torch.manual_seed(0)
     print(f"{'loss':<13}{'N':>5} {'D':>4} {'chunks':>6} {'at':>7}  {'':<26}value    gradient")
-    rows = []
-    for row in measure(options.rounds, options.quick, **tensor):
-        rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-        print(
-            "{loss:<13}{N:>5} {D:>4} {chunks:>6} {at:>7}  {contender:<26}".format(**row)
-            + "{value}  {gradient}".format(**row)
-        )
-        sys.stdout.flush()
-    write_csv(options.csv, rows)
+    line = "{loss:<13}{N:>5} {D:>4} {chunks:>6} {at:>7}  {contender:<26}{value}  {gradient}"
+    report(options, measure(options.rounds, options.quick, **tensor), line)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,20 @@ ratios to the step with lightly's loss, which has two forwards and no equivarian
 
 import argparse
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from measuring import (
+    RATIO,
     Row,
     megabytes,
     parser,
     printed_by_another_process,
-    provenance,
     ratio_columns,
+    report,
     start,
     take_turns,
-    write_csv,
 )
 from rivals import authors, import_torchvision
 from torch import Tensor, nn
@@ -82,6 +81,16 @@ def step(contender: str, batch: int, **tensor: Any) -> Callable[[], None]:
     return train
 
 
+def measure(options: argparse.Namespace, batch: int, **tensor: Any) -> Iterator[Row]:
+    names = ["lightly", "care_loss, two forwards"] if options.quick else list(CONTENDERS)
+    seconds = take_turns({name: step(name, batch, **tensor) for name in names}, options.rounds)
+    quick = ["--quick"] if options.quick else []
+    for name, times in seconds.items():
+        memory = printed_by_another_process(__file__, options, "--one", name, *quick)
+        row: Row = {"contender": name, "images/s": f"{batch / statistics.median(times):.1f}"}
+        yield row | {"MB": f"{float(memory):.0f}"} | ratio_columns(times, seconds["lightly"])
+
+
 def main() -> None:
     accepted = parser(__doc__, rounds=5)
     accepted.add_argument("--one", help=argparse.SUPPRESS)
@@ -94,23 +103,9 @@ def main() -> None:
         train()
         print(megabytes(train, options.device))
         return
-    names = ["lightly", "care_loss, two forwards"] if options.quick else list(CONTENDERS)
-    seconds = take_turns({name: step(name, batch, **tensor) for name in names}, options.rounds)
-    rows: list[Row] = []
     print(f"{'':<28}images/s        MB  ratio to lightly's")
-    for name, times in seconds.items():
-        quick = ["--quick"] if options.quick else []
-        memory = printed_by_another_process(__file__, options, "--one", name, *quick)
-        row: Row = {"contender": name, "images/s": f"{batch / statistics.median(times):.1f}"}
-        row |= {"MB": f"{float(memory):.0f}"} | ratio_columns(times, seconds["lightly"])
-        rows.append(row | {"dtype": options.dtype} | provenance(options.device))
-        print(
-            "{contender:<28}{images/s:>8}  {MB:>8}  {ratio} ({ratio_low} to {ratio_high})".format(
-                **row
-            )
-        )
-        sys.stdout.flush()
-    write_csv(options.csv, rows)
+    line = "{contender:<28}{images/s:>8}  {MB:>8}  " + RATIO
+    report(options, measure(options, batch, **tensor), line)
 
 
 if __name__ == "__main__":

@@ -339,3 +339,15 @@ def test_a_schedule_does_not_recompile_at_every_step():
         loss.equivariance_weight = 0.1 * step
         torch.testing.assert_close(compiled(*FOUR), loss(*FOUR))
     assert len(graphs) <= 3  # a constant, a number that may change, and perhaps 0
+
+
+@pytest.mark.parametrize("loss", [CAREloss(), EquivarianceLoss(chunks=2), InfoNCELoss()])
+def test_embeddings_changed_in_place_before_backward_are_an_error(loss):
+    views = [z.clone().requires_grad_() for z in FOUR[: 4 if isinstance(loss, CAREloss) else 2]]
+    embeddings = [2 * z for z in views]
+    options = {"chunks": 2} if isinstance(loss, CAREloss) else {}
+    value = loss(*embeddings, **options)
+    with torch.no_grad():
+        embeddings[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
