@@ -25,7 +25,7 @@ hues are drawn anew in each arm:
 The main result is the gap ratio: how much the Gram matrix of held-out patches differs between two
 turns of the hue that all patches share, divided by how much it differs where each patch has its
 own. It is near 0 where a turn of the hue acts as one rotation, and near 1 for an encoder that
-ignores the hue. One seed takes three to four minutes on two idle CPU cores. The run writes a table
+ignores the hue. One seed takes about four minutes on two idle CPU cores. The run writes a table
 and a figure:
 
     python docs/examples/photos.py --seed 1 --output build/photos
