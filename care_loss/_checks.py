@@ -7,7 +7,7 @@ every step.
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -454,6 +454,213 @@ def sample(dim: Any, batch_shape: Any, generator: Any, dtype: Any) -> None:
     if not isinstance(dtype, torch.dtype) or not _is_floating(dtype):
         raise TypeError(
             f"`dtype` must be a floating point dtype, got {dtype!r}: pass torch.float32, say."
+        )
+
+
+def transformed(rows: int, **tensors: Any) -> None:
+    """Require embeddings `(*, N, D)` of the same N >= `rows` images, which broadcast."""
+    for name, z in tensors.items():
+        _floating(name, z)
+    (name, first), *others = tensors.items()
+    if first.ndim < 2 or first.shape[-2] < rows or first.shape[-1] < 1:
+        hint = ": each half of the rows needs two" if rows > 2 else ""
+        raise ValueError(
+            f"`{name}` must have shape (*, N, D) with N >= {rows} and D >= 1, got "
+            f"{tuple(first.shape)}{hint}: pass one row per image."
+        )
+    for other_name, other in others:
+        if first.shape[-2:] != other.shape[-2:]:
+            raise ValueError(
+                f"`{name}` and `{other_name}` must have the same N and D in their shapes "
+                f"(*, N, D), got {tuple(first.shape)} and {tuple(other.shape)}: row i of both "
+                "belongs to image i, from the same encoder."
+            )
+        _same_dtype_and_device(name, first, other_name, other)
+        _broadcastable(name, first.shape[:-2], other_name, other.shape[:-2])
+
+
+def encoder(value: Any) -> None:
+    """Require a callable encoder."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(
+            f"`encoder` must be a callable that maps images to embeddings, got {_kind(value)}: "
+            "pass a module or a function."
+        )
+
+
+def transformations(value: Any) -> None:
+    """Require a mapping of names to transforms."""
+    if not isinstance(value, Mapping) or not value:
+        raise TypeError(
+            "`transformations` must be a mapping of names to transforms, with at least one, got "
+            f"{_kind(value)}: pass {{'hue': transform}}."
+        )
+    for name, transform in value.items():
+        if not isinstance(name, str) or not callable(transform) or isinstance(transform, type):
+            raise TypeError(
+                "`transformations` must map names to callables of images (n, ...), got "
+                f"{name!r}: {_kind(transform)}; create the transform first, as in "
+                "{'flip': RandomHorizontalFlip()}."
+            )
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """Require an int of at least `least`, and return it."""
+    if not _is_int(value) or value < least:
+        raise ValueError(f"`{name}` must be an int >= {least}, got {_kind(value)}.")
+    return int(value)
+
+
+def loader(value: Any, is_loader: bool) -> None:
+    """Require a DataLoader where the images are not a tensor."""
+    if not is_loader:
+        raise TypeError(
+            "`images` must be a tensor (N, ...) or a torch.utils.data.DataLoader, got "
+            f"{_kind(value)}: stack the images with torch.stack()."
+        )
+
+
+def batch(value: Any) -> Tensor:
+    """Require a batch of images, alone or first in a tuple, and return the images."""
+    images = value[0] if isinstance(value, (tuple, list)) and value else value
+    if not isinstance(images, Tensor) or not images.ndim:
+        raise TypeError(
+            "a batch must be a tensor of images (n, ...), or a tuple that starts with one, got "
+            f"{_kind(value)}: let the dataset yield image or (image, label)."
+        )
+    return images
+
+
+def images_to_report(first: Tensor) -> None:
+    """Require a first batch of at least one image."""
+    if first.ndim < 2 or not len(first):
+        raise ValueError(
+            f"`images` must contain images, (N, ...) with N >= 4, got {_kind(first)}: stack the "
+            "images with torch.stack()."
+        )
+
+
+def enough_images(n: int) -> None:
+    """Require four images, two in each half."""
+    if n < 4:
+        raise ValueError(
+            f"`images` must contain at least 4 images, got {n}: rotations are fitted to one half "
+            "and scored on the other. Pass at least twice as many images as the embedding has "
+            "dimensions."
+        )
+
+
+def failed(name: str, error: Exception) -> None:
+    """Name the transformation that raised an error when it was tried, unless this is ours."""
+    if name not in str(error):
+        raise ValueError(
+            f"transformations[{name!r}] must map a tensor of images (n, ...) to such a tensor, got "
+            f"{type(error).__name__}: {error}. Transforms of single images can be wrapped in a "
+            "function that stacks what they return."
+        ) from error
+
+
+def transformed_images(name: str, value: Any, n: int) -> Tensor:
+    """Require that a transformation of `n` images returned as many, and return them."""
+    if not isinstance(value, Tensor) or not value.ndim or len(value) != n:
+        raise ValueError(
+            f"transformations[{name!r}] must map a tensor of {n} images to a tensor of {n} images, "
+            f"got {_kind(value)}: return one transformed image for each."
+        )
+    return value
+
+
+def repeatable(name: str, differ_within: bool, differ_again: bool, differ_alone: bool) -> None:
+    """Require that a transformation shared its draw, and drew it from generators that are seeded.
+
+    The draw has to be the same a second time, and for a single image.
+    """
+    if differ_again:
+        raise ValueError(
+            f"transformations[{name!r}] must draw from the generators of torch, NumPy or random, "
+            "got different images for one state of these: seed its own generator from "
+            "random.getrandbits(32) in every call."
+        )
+    if differ_within:
+        raise ValueError(
+            f"transformations[{name!r}] must draw one augmentation for all images of a call, got "
+            "different views of copies of one image: use torchvision.transforms.v2, or kornia with "
+            "same_on_batch=True. The unshared control is made by the report."
+        )
+    if differ_alone:
+        raise ValueError(
+            f"transformations[{name!r}] must draw the same for any number of images, got another "
+            "view for one image than for several: draw the parameters of the augmentation first, "
+            "with a shape that does not depend on the batch."
+        )
+
+
+def encoder_outputs(value: Any, n: int, view: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Require finite embeddings of `n` images, or features and projections, and name them."""
+    where = "the clean images" if view == ("clean",) else f"transformation {view[0]!r}"
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    outputs = dict(zip(("features", "projections"), value, strict=True)) if pair else None
+    for z in (outputs or {"": value}).values():
+        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != n or not z.shape[1]:
+            raise ValueError(
+                f"`encoder` must map {n} images to embeddings ({n}, D), or to a pair of features "
+                f"and projections, got {_kind(z)} for {where}: use .flatten(1), or a function that "
+                "picks one output of the model."
+            )
+        _floating("encoder(images)", z)
+        broken = int((~z.isfinite().all(1)).sum())
+        if broken:
+            raise ValueError(
+                f"`encoder` must return finite embeddings, got NaN or infinity for {broken} of {n} "
+                f"images of a batch for {where}: check the weights, and the range of values that "
+                "the encoder and the transformation expect."
+            )
+    return outputs or {"embeddings": value}
+
+
+def can_show_progress(progress: bool | None, installed: bool) -> None:
+    """Require tqdm where a progress bar is asked for."""
+    if progress and not installed:
+        raise ValueError(
+            "`progress` must be False or None where tqdm is not installed, got True: install tqdm."
+        )
+
+
+def found(rows: Sequence[Any], every: Sequence[Any]) -> None:
+    """Require that a report has the row that is asked for."""
+    if not rows:
+        keys = sorted({(r.transformation, r.output, r.against) for r in every})
+        raise KeyError(
+            "the transformation, output and comparison must be those of a row, got another: the "
+            f"report has {keys}."
+        )
+
+
+def circle(rotations: Any, angles: Any) -> None:
+    """Require orthogonal matrices `(T, D, D)` with T >= 2, at angles `(T,)` of uniform distance."""
+    square(rotations=rotations)
+    _floating("angles", angles)
+    if rotations.ndim != 3 or len(rotations) < 2 or angles.shape != rotations.shape[:1]:
+        raise ValueError(
+            "`rotations` and `angles` must have shapes (T, D, D) and (T,) with T >= 2, got "
+            f"{tuple(rotations.shape)} and {tuple(angles.shape)}: pass one rotation per angle."
+        )
+    _on_device("angles", angles, rotations.device, "`rotations`")
+    identity = torch.eye(rotations.shape[-1], dtype=rotations.dtype, device=rotations.device)
+    deviation = float((rotations.mT @ rotations - identity).abs().max())
+    if not deviation <= 0.05:
+        raise ValueError(
+            "`rotations` must be orthogonal matrices, got an entry of R.mT @ R - I of "
+            f"{deviation:.3g}: pass those of fit_rotation(...).rotation."
+        )
+    turn = 2 * math.pi
+    steps = (angles.double() % turn).sort().values
+    steps = torch.cat((steps[1:], steps[:1] + turn)) - steps
+    if not float((steps * len(angles) / turn - 1).abs().max()) <= 1e-3:
+        raise ValueError(
+            "`angles` must have uniform distances and fill the circle, in radians, got steps from "
+            f"{float(steps.min()):.3g} to {float(steps.max()):.3g}: pass "
+            f"2 * torch.pi / {len(angles)} * torch.arange({len(angles)})."
         )
 
 

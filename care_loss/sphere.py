@@ -338,8 +338,8 @@ def random_uniform(
 
     Example:
         >>> x = random_uniform(3, batch_shape=(2,), dtype=torch.float64)
-        >>> x.square().sum(-1)
-        tensor([1.0000, 1.0000], dtype=torch.float64)
+        >>> torch.linalg.vector_norm(x, dim=-1).round(decimals=6)
+        tensor([1., 1.], dtype=torch.float64)
 
     References:
         Muller, A note on a method for generating points uniformly on n-dimensional spheres, 1959.

@@ -13,8 +13,6 @@ Pass the returned `chunks` to the loss, with the rows in the same order. Class l
 as ids: images of one class do not share an augmentation.
 """
 
-import random
-import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from care_loss import _checks, _chunks
+from care_loss import _checks, _chunks, _draws
 
 Transform = Callable[[Any], Tensor]
 
@@ -240,13 +238,15 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
             _replay(transform, images, seed)
     for one in images:
         views: list[list[Tensor]] = []
-        while len(views) < 16 or (len(views) < 128 and not _differ(views[-1][0], views[0][0])):
+        while len(views) < 16 or (
+            len(views) < 128 and not _draws.differ(views[-1][0], views[0][0])
+        ):
             views.append(_copies(transform, one, batched))
         copies = [copy for view in views for copy in view]
         _checks.finite(sum(not bool(copy.isfinite().all()) for copy in copies), len(copies))
         _checks.one_size(copies)
-        within = any(_differ(copy, view[0]) for view in views for copy in view[1:])
-        across = any(_differ(view[0], views[0][0]) for view in views[1:])
+        within = any(_draws.differ(copy, view[0]) for view in views for copy in view[1:])
+        across = any(_draws.differ(view[0], views[0][0]) for view in views[1:])
         _checks.shared(within, across, len(views))
 
 
@@ -258,43 +258,20 @@ def _stack(views: list[Tensor]) -> Tensor:
 
 def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tensor]:
     """Transform the images of a chunk from one state of the generators, then restore those."""
-    before = _states()
     outputs, first = [], None
-    try:
+    with _draws.kept():
         for image in images:
-            # Not torch.manual_seed: that would set the generators of every GPU too.
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            if numpy := sys.modules.get("numpy"):
-                numpy.random.seed(seed)
+            _draws.seed(seed)
             outputs.append(_checks.view(transform(_copy(image))))
-            after = _states()
+            after = _draws.states()
             first = first or after
-            _checks.same_draws(_same(first, after), images[0], image)
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        if before[2]:
-            sys.modules["numpy"].random.set_state(before[2])
+            _checks.same_draws(_draws.same(first, after), images[0], image)
     return outputs
 
 
 def _seeds(*shape: int) -> Any:
     """Draw seeds as a list, or as a list of lists, whatever the default device is."""
     return torch.randint(2**32, shape, device="cpu").tolist()
-
-
-def _states() -> tuple[Tensor, Any, Any]:
-    """Return the states of the generators of torch, `random`, and NumPy if somebody imported it."""
-    numpy = sys.modules.get("numpy")
-    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-
-
-def _same(a: tuple[Tensor, Any, Any], b: tuple[Tensor, Any, Any]) -> bool:
-    same = torch.equal(a[0], b[0]) and a[1] == b[1]
-    if a[2] and b[2]:  # a name, an array of integers, and numbers
-        same = same and a[2][1].tobytes() == b[2][1].tobytes() and a[2][2:] == b[2][2:]
-    return same
 
 
 def _copy(image: Any) -> Any:
@@ -307,10 +284,3 @@ def _copies(transform: Callable[[Any], Tensor], image: Any, batched: bool) -> li
     if batched:
         return list(_checks.views(transform(torch.stack([image] * 4)), 4))
     return _replay(transform, [image] * 4, *_seeds(1))
-
-
-def _differ(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return True
-    a, b = a.cpu().double(), b.cpu().double()
-    return not bool((a - b).abs().max() <= 1e-4 * (b.max() - b.min()))

@@ -102,3 +102,58 @@ def fit_rotation(x, y, w, special=False, eta=0.0):
     for row, image, weight in zip(x, y, w, strict=True):
         m += weight * np.outer(row, image)
     return nearest_orthogonal(m + eta * np.linalg.norm(m) * np.eye(len(m)), special)
+
+
+def paired(z, z_transformed, order):
+    """Unit rows, those of z in another order where one is given."""
+    u, v = unit(z), unit(z_transformed)
+    return (u if order is None else u[order]), v
+
+
+def held_out(u, *steps, special=False):
+    """Each row under the maps that fit the rows of the other parity."""
+    result = np.empty_like(u)
+    for i in range(len(u)):
+        others = [j for j in range(len(u)) if j % 2 != i % 2]
+        row = u[i]
+        for v in steps:
+            row = row @ fit_rotation(u[others], v[others], np.ones(len(others)), special)
+        result[i] = row
+    return result
+
+
+def distance(x, y):
+    """The root mean squared distance of rows."""
+    return np.sqrt(np.mean([np.sum((a - b) ** 2) for a, b in zip(x, y, strict=True)]))
+
+
+def wahba_error(z, z_transformed, order=None, special=False):
+    u, v = paired(z, z_transformed, order)
+    return distance(held_out(u, v, special=special), v)
+
+
+def relative_equivariance(z, z_transformed, order=None):
+    """The paper's gamma (section 4), as a ratio of means."""
+    u, v = paired(z, z_transformed, order)
+    top, bottom = [], []
+    for i in range(len(u)):
+        for j in range(len(u)):
+            if i != j:
+                change = np.sum((v[i] - v[j]) ** 2) - np.sum((u[i] - u[j]) ** 2)
+                moved = np.sum((v[i] - u[i]) ** 2) + np.sum((v[j] - u[j]) ** 2)
+                top.append(change**2)
+                bottom.append(moved**2)
+    return np.mean(top) / np.mean(bottom)
+
+
+def ranks(z, z_transformed, order=None):
+    """The rank of the transformed row among all, for the prediction from the other half."""
+    u, v = paired(z, z_transformed, order)
+    predicted = held_out(u, v)
+    result = []
+    for i in range(len(u)):
+        distances = [np.linalg.norm(predicted[i] - candidate) for candidate in v]
+        nearer = sum(other < distances[i] - 1e-9 for other in distances)
+        as_near = sum(abs(other - distances[i]) <= 1e-9 for other in distances)
+        result.append(nearer + (as_near + 1) / 2)
+    return np.array(result)

@@ -1,0 +1,110 @@
+"""The frequencies of a representation of the circle, from rotations that were fitted to turns."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from care_loss import _checks
+from care_loss._numerics import exact
+from care_loss.metrics._measures import permutation
+
+
+class Frequencies(NamedTuple):
+    """How often each frequency occurs `(T // 2 + 1,)`, and the deviation in radians `()`."""
+
+    multiplicity: Tensor
+    deviation: Tensor
+
+
+def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) -> Frequencies:
+    r"""Tell how far rotations of one circle group are from a representation, and from which.
+
+    A representation of the circle is, in some basis, a number of directions that do not move
+    (frequency 0) and of planes that turn by :math:`k \theta` (frequency k = 1, 2, ...). The number
+    of each follows from the traces:
+
+    .. math:: m_0 = \frac 1 T \sum_\theta \mathrm{tr} R_\theta, \qquad
+              m_k = \frac 1 T \sum_\theta \mathrm{tr} R_\theta \cos k \theta
+
+    For a representation these are integers, and the eigenvalues of :math:`R_\theta` have the
+    arguments :math:`\pm k \theta`. An encoder that ignores the turns has the frequency 0 only, and
+    its deviation is small for that reason: always look at the multiplicities too.
+
+    Args:
+        rotations: Orthogonal matrices, one fitted to each turn, `(T, D, D)` with `T >= 2`. Fit them
+            in the principal subspace of the embeddings, because directions without embeddings do
+            not move in any fit, and count as frequency 0.
+        angles: The angles of the turns in radians, `(T,)`. They must have uniform distances and
+            fill the circle; their order is free. Only frequencies up to `T // 2` can be told apart.
+        shuffled: Return the chance level instead, for which the angles change places.
+
+    Returns:
+        A named tuple without gradient:
+
+        * `multiplicity`: how often each frequency 0, 1, ... occurs, `(T // 2 + 1,)`. The sum of
+          the first and of twice the others is D for a representation.
+        * `deviation`: the mean distance of the eigenvalues' arguments from those of the nearest
+          integer multiplicities, in radians, `()`. Arguments of random rotations reach about 0.4.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> angles = 2 * torch.pi / 6 * torch.arange(6)
+        >>> c, s, o, i = angles.cos(), angles.sin(), torch.zeros(6), torch.ones(6)
+        >>> turns = torch.stack([c, s, o, -s, c, o, o, o, i], -1).view(6, 3, 3)
+        >>> multiplicity, deviation = frequencies(turns, angles)
+        >>> multiplicity.round(decimals=3).abs()
+        tensor([1., 1., 0., 0.], dtype=torch.float64)
+
+    References:
+        Serre, Linear Representations of Finite Groups, 1977, section 2.3, for the characters.
+    """
+    _checks.circle(rotations, angles)
+    r, theta = exact(rotations.detach()), exact(angles.detach())
+    t, d, _ = r.shape
+    if _checks.boolean("shuffled", shuffled):
+        r = r[permutation(t).to(r.device)]
+    k = torch.arange(t // 2 + 1, device=r.device)
+    waves = torch.cos(theta.unsqueeze(-1) * k)
+    # The squares of a wave sum to T / 2, but to more for frequency 0 and for T / 2. If the angles
+    # lie between the extremes of the latter wave, it is 0 and shows nothing.
+    squares = waves.square().sum(0)
+    squares = torch.where(squares > 1e-3, squares, torch.inf)
+    traces = r.diagonal(dim1=-2, dim2=-1).sum(-1)
+    multiplicity = traces @ waves / squares / torch.where(k > 0, 2, 1)
+    counts = _nearest_counts(multiplicity, d)
+    ks = k.repeat_interleave(counts)
+    ks = torch.cat((ks, -ks[ks > 0]))
+    wanted = _wrap(theta.unsqueeze(-1) * ks).sort().values
+    found = torch.linalg.eigvals(r).angle().sort().values
+    # On a circle, the best assignment of sorted points is one of the cyclic shifts.
+    distances = [_wrap(found - wanted.roll(shift, -1)).abs().mean(-1) for shift in range(d)]
+    return Frequencies(multiplicity, torch.stack(distances).amin(0).mean())
+
+
+def _nearest_counts(multiplicity: Tensor, d: int) -> Tensor:
+    """Return the integers with the least sum of absolute differences over all D directions.
+
+    Each term of the sum is convex in its count. So it is enough to start with frequency 0 only, and
+    to give two of its directions to the best other frequency while that lessens the sum.
+    """
+    counts = torch.zeros_like(multiplicity)
+    counts[0] = d
+    for _ in range(d // 2):
+        difference = multiplicity - counts
+        gain = 2 * (difference.abs() - (difference - 1).abs())
+        gain += difference[0].abs() - (difference[0] + 2).abs()
+        gain[0] = 0
+        if gain.max() <= 0:
+            break
+        counts[0] -= 2
+        counts[gain.argmax()] += 1
+    return counts.long()
+
+
+def _wrap(angle: Tensor) -> Tensor:
+    """Return the angle in [-pi, pi) of the same direction."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
