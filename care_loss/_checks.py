@@ -570,6 +570,15 @@ def transformed_images(name: str, value: Any, n: int) -> Tensor:
     return value
 
 
+def finite_images(name: str, view: Tensor) -> None:
+    """Require finite images."""
+    if view.is_floating_point() and not bool(view.isfinite().all()):
+        raise ValueError(
+            f"transformations[{name!r}] must return finite images, got NaN or infinity: check the "
+            "range of values that it expects, and the images themselves."
+        )
+
+
 def repeatable(name: str, differ_within: bool, differ_again: bool, differ_alone: bool) -> None:
     """Require that a transformation shared its draw, and drew it from generators that are seeded.
 

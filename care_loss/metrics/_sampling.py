@@ -92,6 +92,7 @@ def _plan(name: str, transform: Transform, probe: Tensor, seeds: list[int]) -> _
     except Exception as error:
         _checks.failed(name, error)
         raise
+    _checks.finite_images(name, view)
     groups = view.unflatten(0, (len(probe), 4))
     within = _draws.differ(groups, groups[:, :1].expand_as(groups))
     _checks.repeatable(name, within, _draws.differ(view, again), _draws.differ(view[:1], single))

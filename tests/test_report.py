@@ -1,0 +1,552 @@
+"""The report: verdicts, controls, draws, and what goes wrong."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from care_loss import metrics
+from care_loss.metrics import _report, equivariance_report
+from care_loss.metrics._sampling import OWN_DRAWS
+from care_loss.metrics._tables import Estimate
+from care_loss.rotation import random_orthogonal
+from care_loss.sphere import normalize
+
+FLOAT64 = torch.float64
+quiet = partial(equivariance_report, progress=False)
+
+
+def points(n, d, seed=0, dtype=FLOAT64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def turn(images):
+    """One random rotation for all images `(n, D)`."""
+    return images @ random_orthogonal(images.shape[1], special=True, dtype=images.dtype)
+
+
+def plane_turn(images):
+    """One random angle for all images `(n, 2)`."""
+    angle = 2 * torch.pi * torch.rand((), dtype=images.dtype)
+    c, s = angle.cos(), angle.sin()
+    return images @ torch.stack([c, s, -s, c]).view(2, 2)
+
+
+def flip(images):
+    return -images
+
+
+# Each draw, "equivariant but for" so much: the encoder sees the turned points and some noise of its
+# own. It is a function of the points, so that shared and unshared draws meet the same encoder.
+class Noisy(nn.Module):
+    """Map points to themselves plus a share of an unrelated function of them."""
+
+    def __init__(self, share, d=4):
+        super().__init__()
+        self.share = share
+        generator = torch.Generator().manual_seed(1)
+        self.first = torch.randn(d, 64, generator=generator, dtype=FLOAT64) * 3
+        self.last = torch.randn(64, d, generator=generator, dtype=FLOAT64)
+
+    def forward(self, x):
+        other = normalize(torch.sin(x @ self.first + 1) @ self.last)
+        return (1 - self.share) * normalize(x) + self.share * other
+
+
+@pytest.mark.parametrize("d", [2, 8])
+def test_an_equivariant_encoder_has_no_error_and_says_so(d):
+    report = quiet(nn.Identity(), points(64, d), {"turn": turn}, samples=6)
+    assert [row.against for row in report.rows] == ["clean", "another draw"]
+    for row in report.rows:
+        assert row.verdict == "equivariant"
+        figures = row.figures
+        for error in ("gap_ratio", "wahba_error", "relative_equivariance", "mean_of_ratios"):
+            assert abs(figures[error].mean) <= 1e-10, error
+        assert figures["rotation_share"].mean >= 1 - 1e-10
+        assert figures["mrr"].mean == 1
+        assert figures["unshared_gap"].mean > 0.1
+        assert figures["rotation_share"].shuffled < 0.3
+        assert figures["shared_gap"].shuffled > 0.1
+    clean = report.row("turn").figures
+    assert clean["composition_error"].mean <= 1e-10
+    assert clean["composition_from_direct"].mean <= 1e-10
+    assert clean["composition_share"].mean >= 1 - 1e-10
+    assert ("cosine_spread" in clean) == (d == 2)
+
+
+def test_too_few_images_are_never_called_not_equivariant():
+    for n, verdict in ((15, "too few images"), (16, "equivariant")):  # D = 8
+        report = quiet(nn.Identity(), points(n, 8), {"turn": turn}, samples=4)
+        assert {row.verdict for row in report.rows} == {verdict}
+    text = str(quiet(nn.Identity(), points(15, 8), {"turn": turn}, samples=4))
+    assert "15 images are fewer than 2 D = 16" in text
+    assert "15 images" in text
+    assert "not equivariant" not in text
+
+
+def test_an_encoder_that_ignores_sharing_has_a_gap_ratio_of_1():
+    def jitter(images):  # one displacement for all, which the encoder meets in its own way
+        return images + torch.randn(images.shape[1:], dtype=images.dtype)
+
+    report = quiet(Noisy(1.0), points(200, 4), {"jitter": jitter}, samples=8)
+    row = report.row("jitter")
+    assert row.figures["gap_ratio"].mean == pytest.approx(1, abs=0.2)
+    assert row.verdict == "not equivariant"
+
+
+def figures_with(**values):
+    chosen = {
+        "mean_norm": 0.1,
+        "invariance_error": 1.0,
+        "gap_ratio": 0.01,
+        "rotation_share": 0.99,
+    } | values
+    return {name: Estimate(value, 0.0, 1.0) for name, value in chosen.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside", "word", "otherwise"),
+    [
+        ("mean_norm", 0.991, 0.989, "collapsed", "equivariant"),
+        ("invariance_error", 0.049, 0.051, "invariant", "equivariant"),
+        ("gap_ratio", 0.099, 0.101, "equivariant", "partly equivariant"),
+        ("gap_ratio", 0.499, 0.501, "partly equivariant", "not equivariant"),
+        ("rotation_share", 0.901, 0.899, "equivariant", "partly equivariant"),
+        ("rotation_share", 0.501, 0.499, "partly equivariant", "not equivariant"),
+    ],
+)
+def test_each_threshold_of_the_verdict(name, inside, outside, word, otherwise):
+    assert _report.verdict(figures_with(**{name: inside}), 100, 8) == word
+    assert _report.verdict(figures_with(**{name: outside}), 100, 8) == otherwise
+
+
+def verdict_of(encoder, transform=turn, n=400, d=4, **options):
+    report = quiet(encoder, points(n, d), {"t": transform}, samples=6, **options)
+    return report.row("t")
+
+
+def crossing(make, figure, threshold, low, high, **options):
+    """Verdicts on encoders whose figure is a little below and above a threshold, by bisection."""
+    for _ in range(9):
+        middle = (low + high) / 2
+        below = figure(verdict_of(make(middle), **options).figures) < threshold
+        low, high = (middle, high) if below else (low, middle)
+    rows = [verdict_of(make(x), **options) for x in (low, high)]
+    below, above = (figure(row.figures) for row in rows)
+    assert 0.9 * threshold < below < threshold <= above < 1.1 * threshold
+    return [row.verdict for row in rows]
+
+
+def test_an_encoder_just_below_and_just_above_each_threshold():
+    def pulled(share):  # towards one point
+        return lambda x: (1 - share) * normalize(x) + share * torch.eye(4, dtype=x.dtype)[0]
+
+    def mean_norm(figures):
+        return figures["mean_norm"].mean
+
+    below, above = crossing(pulled, mean_norm, _report.COLLAPSED, 0.5, 0.999)
+    assert above == "collapsed"
+    assert below == "partly equivariant"  # what moves, though little, turns
+
+    def small(share):  # what stays, and a share of what turns
+        return lambda x: torch.cat([x[:, 4:], share * x[:, :4]], 1)
+
+    def turn_half(x):
+        return torch.cat([turn(x[:, :4]), x[:, 4:]], 1)
+
+    def displacement(figures):
+        return figures["invariance_error"].mean / figures["invariance_error"].shuffled
+
+    options = {"transform": turn_half, "d": 8}
+    found = crossing(small, displacement, _report.INVARIANT, 0.0, 0.5, **options)
+    assert found == ["invariant", "equivariant"]
+
+    def gap_ratio(figures):
+        return figures["gap_ratio"].mean
+
+    found = crossing(Noisy, gap_ratio, _report.EQUIVARIANT[0], 0.0, 1.0)
+    assert found == ["equivariant", "partly equivariant"]
+    found = crossing(Noisy, gap_ratio, _report.PARTLY[0], 0.0, 1.0)
+    assert found == ["partly equivariant", "not equivariant"]
+
+
+def test_an_invariant_encoder_has_no_shares():
+    def length(x):
+        return torch.cat([x.norm(dim=1, keepdim=True) - 1.5, torch.ones_like(x[:, :1])], 1)
+
+    row = verdict_of(length)
+    assert row.verdict == "invariant"
+    assert all(math.isnan(row.figures[f"{k}_share"].mean) for k in ("rotation", "linear"))
+    assert any("invariant" in warning for warning in row.warnings)
+
+
+def test_constant_embeddings_are_collapsed():
+    row = verdict_of(lambda x: torch.ones(len(x), 3))
+    assert row.verdict == "collapsed"
+    assert row.figures["effective_rank"].mean == pytest.approx(1)
+    assert str(quiet(lambda x: torch.ones(len(x), 3), points(20, 3), {"t": turn}))
+
+
+def test_a_linear_map_is_told_apart_from_a_rotation():
+    def stretch(x):  # of every direction, by its own random factor
+        return x * torch.rand(x.shape[1], dtype=x.dtype).mul(3).exp()
+
+    def encoder(x):  # almost linear in x, though it normalises
+        return torch.cat([x, 100 * torch.ones_like(x[:, :1])], 1)
+
+    row = verdict_of(encoder, stretch)
+    assert row.figures["linear_share"].mean > row.figures["rotation_share"].mean + 0.2
+
+
+def test_a_fixed_transformation_has_one_draw_and_no_unshared_control():
+    report = quiet(nn.Identity(), points(40, 4), {"flip": flip, "turn": turn}, samples=4)
+    row = report.row("flip")
+    assert [r.transformation for r in report.rows] == ["flip", "turn", "turn"]
+    assert row.draws == 1
+    assert row.verdict == "equivariant"
+    assert not {"gap_ratio", "unshared_gap"} & set(row.figures)
+    assert "no unshared control" in str(report)
+    assert math.isnan(row.figures["composition_share"].mean)  # two flips move nothing
+    assert row.figures["composition_error"].mean < 1e-10
+    assert all(
+        estimate.error in (0, math.nan) or math.isnan(estimate.error)
+        for estimate in row.figures.values()
+    )
+
+
+def test_the_identity_is_invariant_and_the_report_says_that_nothing_moves():
+    report = quiet(nn.Identity(), points(40, 4), {"nothing": lambda x: x, "turn": turn})
+    row = report.row("nothing")
+    assert row.verdict == "invariant"
+    assert "no embedding moves at all." in row.warnings
+    assert str(report)
+
+
+def test_a_transformation_that_rarely_acts_is_measured_where_it_does():
+    def rarely(x):
+        return turn(x) if torch.rand(()) < 0.3 else x
+
+    row = verdict_of(nn.Identity(), rarely)
+    assert row.verdict == "equivariant"
+    assert row.figures["rotation_share"].mean > 1 - 1e-10
+
+
+def test_the_angles_are_those_of_the_turns():
+    angles = []
+
+    def noted(x):
+        angle = torch.rand((), dtype=FLOAT64) * 3
+        angles.append(angle.item())
+        c, s = angle.cos(), angle.sin()
+        return x @ torch.stack([c, s, -s, c]).view(2, 2)
+
+    row = verdict_of(nn.Identity(), noted, d=2)
+    assert row.angles.shape == (6, 1)
+    assert all(min(abs(a - b) for b in angles) < 1e-9 for a in row.angles[:, 0].tolist())
+    assert row.figures["angle"].mean == pytest.approx(row.angles.mean().item())
+
+
+def test_draws_depend_on_seed_and_name_and_on_nothing_else():
+    images = points(50, 4)
+    both = {"turn": turn, "other": turn}
+    first = quiet(Noisy(0.5), images, both, samples=4, batch_size=50).to_dict()
+    again = quiet(Noisy(0.5), images, {"turn": turn}, samples=4, batch_size=7).to_dict()
+
+    def numbers(report, name):
+        rows = [row for row in report["rows"] if row["transformation"] == name]
+        flat = [v for row in rows for v in row.values() if isinstance(v, float)]
+        return torch.tensor(flat, dtype=FLOAT64)
+
+    a, b = numbers(first, "turn"), numbers(again, "turn")
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert (numbers(first, "other") - a).abs().max() > 1e-3
+    other_seed = quiet(Noisy(0.5), images, both, samples=4, seed=1).to_dict()
+    assert (numbers(other_seed, "turn") - a).abs().max() > 1e-3
+
+
+def test_the_generators_and_the_modes_of_the_encoder_are_left_as_they_were():
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+    encoder.train()
+    encoder[2].eval()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    images = points(30, 4, dtype=torch.float32)
+    first = quiet(encoder, images, {"turn": turn}, samples=4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [part.training for part in encoder.modules()] == [True, True, True, False]
+    assert str(first) == str(quiet(encoder.forward, images, {"turn": turn}, samples=4))
+    assert all(p.grad is None for p in encoder.parameters())
+
+    def broken(x):
+        if len(x) == 30 and torch.rand(()) < 0.5:
+            raise RuntimeError("broken")
+        return turn(x)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        quiet(encoder, images, {"broken": broken}, samples=16)
+    assert [part.training for part in encoder.modules()] == [True, True, True, False]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_transforms_that_work_in_place_do_no_harm():
+    def in_place(x):
+        return x.mul_(torch.rand(x.shape[1], dtype=x.dtype).exp())
+
+    images = points(30, 4)
+    before = images.clone()
+    found = quiet(nn.Identity(), images, {"t": in_place}, samples=4)
+    assert torch.equal(images, before)
+
+    def copying(x):
+        return in_place(x.clone())
+
+    assert str(found) == str(quiet(nn.Identity(), images, {"t": copying}, samples=4))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_loader_gives_what_a_tensor_gives(labels):
+    images = points(50, 4)
+    dataset = TensorDataset(images, torch.arange(50)) if labels else images
+    loader = DataLoader(dataset, batch_size=8)
+    found = quiet(nn.Identity(), loader, {"turn": turn}, samples=4)
+    expected = quiet(nn.Identity(), images, {"turn": turn}, samples=4)
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        for name, estimate in row.figures.items():
+            torch.testing.assert_close(
+                estimate, other.figures[name], rtol=1e-9, atol=1e-12, equal_nan=True
+            )
+
+
+def test_features_and_projections_are_measured_both():
+    class Both(nn.Module):
+        def forward(self, x):
+            return x, x[:, :1] * torch.ones(3, dtype=x.dtype)
+
+    report = quiet(Both(), points(64, 4), {"turn": turn}, samples=4)
+    assert [r.output for r in report.rows] == ["features"] * 2 + ["projections"] * 2
+    assert report.row("turn", output="features").verdict == "equivariant"
+    assert report.row("turn") is report.row("turn", output="projections")
+    assert report.row("turn").dim == 3
+    assert "projections" in str(report)
+
+
+def test_half_precision_and_images_that_change_size():
+    def crop(x):
+        return x[..., :3]
+
+    def encoder(x):
+        return x[:, :3].bfloat16()
+
+    report = quiet(encoder, points(40, 4).float(), {"crop": crop, "turn": turn})
+    assert "composition is not measured" in str(report)
+    assert "composition_share" not in report.row("crop").figures
+    assert report.row("turn").figures["composition_share"].mean < 1
+
+
+def test_the_report_prints_aligned_and_turns_into_numbers_and_html():
+    report = quiet(Noisy(0.3), points(60, 4), {"turn": turn, "a < b": flip}, samples=4)
+    lines = str(report).splitlines()
+    heads = next(line for line in lines if line.startswith("transformation"))
+    rows = [line for line in lines if line.startswith("turn")]
+    for column in ("against", "verdict", "gap ratio", "rotation share"):
+        assert heads.index(column) > 0
+    assert all(row[heads.index("gap ratio") - 1] == " " for row in rows[:2])
+    assert all(row[heads.index("gap ratio")] != " " for row in rows[:2])
+    assert repr(report) == str(report)
+    page = report._repr_html_()
+    assert "a &lt; b" in page
+    assert page.count("<table>") == page.count("</table>") > 1
+    record = report.to_dict()
+    json.dumps(record)
+    row = record["rows"][0]
+    assert row["gap_ratio"] == report.rows[0].figures["gap_ratio"].mean
+    assert row["gap_ratio_standard_error"] > 0
+    assert 0 < row["rotation_share"] < 1
+    assert row["wahba_error_shuffled"] > row["wahba_error"]
+    assert record["images"] == 60
+    assert record["seed"] == 0
+    assert record["samples"] == 4
+
+
+def test_the_figures_are_the_measures_of_the_draws():
+    seen = []
+
+    def encoder(x):
+        seen.append(x)
+        return x
+
+    images = points(40, 3)
+    report = quiet(encoder, images, {"turn": turn}, samples=4)
+    clean, *views = seen
+    assert torch.equal(clean, images)
+    assert len(views) == 4 + 2 + OWN_DRAWS
+    shared, twice = torch.stack([views[k] for k in (0, 2, 3, 5)]), torch.stack(views[1:5:3])
+    own = torch.stack(views[6:])
+    row, pair = report.rows
+    for against, found in ((clean, row), (shared[::2], pair)):
+        moved = shared if found is row else shared[1::2]
+        values = metrics.wahba_error(against, moved)
+        estimate = found.figures["wahba_error"]
+        assert estimate.mean == pytest.approx(values.mean().item(), abs=1e-12)
+        assert estimate.error == pytest.approx(values.std().item() / len(values) ** 0.5, abs=1e-12)
+        for name in ("relative_equivariance", "invariance_error", "equivariance_error"):
+            values = getattr(metrics, name)(against, moved, shuffled=True)
+            key = "shared_gap" if name == "equivariance_error" else name
+            if name != "relative_equivariance":  # whose mean over draws is a ratio of means
+                expected = values.mean().item()
+                assert found.figures[key].shuffled == pytest.approx(expected)
+    gaps = metrics.equivariance_error(clean, own)
+    assert row.figures["unshared_gap"].mean == pytest.approx(gaps.mean().item())
+    gaps = metrics.equivariance_error(own[::2], own[1::2])
+    assert pair.figures["unshared_gap"].mean == pytest.approx(gaps.mean().item())
+    values = metrics.composition_error(clean, shared[::2], shared[1::2], twice)
+    assert row.figures["composition_error"].mean == pytest.approx(values.mean().item(), abs=1e-12)
+    # In the unshared views, every image has its own draw.
+    assert metrics.wahba_error(images, own, held_out=False).min() > 0.3
+
+
+def test_the_gap_ratio_divides_means_and_its_error_has_both_parts():
+    ratio = _report._quotient(Estimate(1.0, 0.1), Estimate(4.0, 0.2))
+    assert ratio.mean == 0.25
+    assert ratio.error == pytest.approx(0.25 * math.hypot(0.1, 0.05))
+    values, wholes = points(50, 1)[:, 0] + 5, points(50, 1, 1)[:, 0] + 9
+    found = _report._ratio(values, wholes)
+    assert found.mean == pytest.approx((values.mean() / wholes.mean()).item())
+    left_out = [
+        ((values.sum() - a) / (wholes.sum() - b)).item()
+        for a, b in zip(values, wholes, strict=True)
+    ]
+    jackknife = (49 * torch.tensor(left_out, dtype=FLOAT64).var(correction=0)).sqrt().item()
+    assert found.error == pytest.approx(jackknife, rel=0.05)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def own_generator(x):
+    return x * torch.rand((), generator=GENERATOR, dtype=x.dtype)
+
+
+IMAGES = points(20, 4)
+BAD = {
+    "an encoder that is a class": (
+        {"encoder": nn.Identity},
+        TypeError,
+        "`encoder` must be a callable",
+    ),
+    "a list of transformations": (
+        {"transformations": [turn]},
+        TypeError,
+        "`transformations` must be a mapping",
+    ),
+    "no transformations": ({"transformations": {}}, TypeError, "with at least one"),
+    "a transformation that is no callable": (
+        {"transformations": {"t": 3}},
+        TypeError,
+        "must map names to callables of images .*'t': int 3",
+    ),
+    "few draws": ({"samples": 3}, ValueError, "`samples` must be an int >= 4, got int 3"),
+    "no batches": ({"batch_size": 0}, ValueError, "`batch_size` must be an int >= 1"),
+    "a seed of another type": ({"seed": 0.5}, ValueError, "`seed` must be an int >= 0"),
+    "progress of another type": ({"progress": "yes"}, TypeError, "`progress` must be True or"),
+    "a list of images": (
+        {"images": [torch.ones(3)]},
+        TypeError,
+        "`images` must be a tensor .* or a torch.utils.data.DataLoader, got list",
+    ),
+    "three images": ({"images": IMAGES[:3]}, ValueError, "at least 4 images, got 3"),
+    "no images": ({"images": IMAGES[:0]}, ValueError, "must contain images"),
+    "no embeddings": (
+        {"encoder": lambda x: None},
+        ValueError,
+        r"`encoder` must map 20 images to embeddings \(20, D\).* got NoneType for the clean images",
+    ),
+    "feature maps": (
+        {"encoder": lambda x: x[:, :, None, None]},
+        ValueError,
+        r"got torch.float64 of shape \(20, 4, 1, 1\) on cpu for the clean images: use .flatten",
+    ),
+    "NaN embeddings": (
+        {"encoder": lambda x: x / 0},
+        ValueError,
+        "must return finite embeddings, got NaN or infinity for 20 of 20 .* the clean images",
+    ),
+    "NaN images": (
+        {"transformations": {"bright": lambda x: x * torch.rand(()) / 0}},
+        ValueError,
+        r"transformations\['bright'\] must return finite images",
+    ),
+    "NaN embeddings under a transformation": (
+        {"transformations": {"dark": lambda x: 0 * x}, "encoder": lambda x: x / x.norm()},
+        ValueError,
+        "finite embeddings, got NaN or infinity for 20 of 20 .* transformation 'dark'",
+    ),
+    "draws for each image": (
+        {"transformations": {"noise": lambda x: x + torch.randn_like(x)}},
+        ValueError,
+        r"transformations\['noise'\] must draw one augmentation for all images",
+    ),
+    "a generator of its own": (
+        {"transformations": {"own": own_generator}},
+        ValueError,
+        r"transformations\['own'\] must draw from the generators of torch",
+    ),
+    "draws that depend on the number of images": (
+        {"transformations": {"t": lambda x: x * torch.rand(len(x) + 1, dtype=x.dtype)[-1]}},
+        ValueError,
+        r"transformations\['t'\] must draw the same for any number of images",
+    ),
+    "fewer images": (
+        {"transformations": {"t": lambda x: x[1:]}},
+        ValueError,
+        r"transformations\['t'\] must map a tensor of 32 images to a tensor of 32 images",
+    ),
+    "a transform of single images": (
+        {"transformations": {"pil": lambda x: x.convert("L")}},
+        ValueError,
+        r"transformations\['pil'\] must map a tensor of images .* got AttributeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_with_its_transformation(case):
+    options, kind, message = BAD[case]
+    arguments = {"encoder": nn.Identity(), "images": IMAGES, "transformations": {"turn": turn}}
+    with pytest.raises(kind, match=message):
+        quiet(**(arguments | options))
+
+
+def test_a_loader_of_something_else_and_a_missing_row():
+    loader = DataLoader([{"image": image} for image in IMAGES], batch_size=4)
+    with pytest.raises(TypeError, match="a batch must be a tensor of images"):
+        quiet(nn.Identity(), loader, {"turn": turn})
+    report = quiet(nn.Identity(), IMAGES, {"turn": turn}, samples=4)
+    with pytest.raises(KeyError, match=r"the report has .*turn"):
+        report.row("hue")
+
+
+def test_a_progress_bar_is_shown_on_request(capsys):
+    pytest.importorskip("tqdm")
+    equivariance_report(nn.Identity(), IMAGES, {"turn": turn}, samples=4, progress=True)
+    assert "embedding: 100%" in capsys.readouterr().err
+    equivariance_report(nn.Identity(), IMAGES, {"turn": turn}, samples=4)  # no terminal
+    assert capsys.readouterr().err == ""
+
+
+def test_a_progress_bar_needs_tqdm(monkeypatch):
+    monkeypatch.setattr("care_loss.metrics._sampling.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="`progress` must be False or None"):
+        equivariance_report(nn.Identity(), IMAGES, {"turn": turn}, progress=True)
+    equivariance_report(nn.Identity(), IMAGES, {"turn": turn}, samples=4)
+
+
+def test_many_draws_are_measured_a_few_at_a_time(monkeypatch):
+    whole = quiet(Noisy(0.3), points(60, 4), {"turn": turn}, samples=7)
+    monkeypatch.setattr(_report, "HELD", 1)
+    parts = quiet(Noisy(0.3), points(60, 4), {"turn": turn}, samples=7)
+    assert str(whole) == str(parts)
