@@ -37,7 +37,7 @@ wheel: $(RUN)  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests that know nothing of the checkout, against the wheel in an environment of its own.
-WHEEL_TESTS = functional kernels precision theorems modules recipes views errors sphere rotation distributed
+WHEEL_TESTS = functional kernels precision theorems modules recipes views errors sphere rotation metrics report distributed
 test-wheel: wheel  ## test the wheel in an environment of its own
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -r tests pyproject.toml build/wheel

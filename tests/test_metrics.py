@@ -334,3 +334,66 @@ def test_frequencies_of_rotations_that_are_no_representation_deviate():
     assert metrics.frequencies(turns, theta, shuffled=True).deviation > 0.2
     still = torch.eye(8, dtype=FLOAT64).expand(24, 8, 8)  # which any order of angles fits
     assert metrics.frequencies(still, theta, shuffled=True).deviation == 0
+
+
+Z = normal(8, 3)
+TURNS = torch.eye(3).repeat(4, 1, 1)
+GRID = 2 * math.pi / 4 * torch.arange(4)
+BAD = {
+    "one row": (metrics.invariance_error, (Z[:1], Z[:1]), {}, r"N >= 2 and D >= 1, got \(1, 3\)"),
+    "three rows in two halves": (
+        metrics.wahba_error,
+        (Z[:3], Z[:3]),
+        {},
+        r"N >= 4 and D >= 1, got \(3, 3\): each half of the rows needs two",
+    ),
+    "another number of rows": (
+        metrics.rotation_share,
+        (Z, Z[:7]),
+        {},
+        r"`z` and `z_transformed` must have the same N and D .* got \(8, 3\) and \(7, 3\)",
+    ),
+    "another dtype": (metrics.equivariance_error, (Z, Z.float()), {}, "must have the same dtype"),
+    "leading dimensions that do not fit": (
+        metrics.cosine_spread,
+        (Z.expand(2, 8, 3), Z.expand(3, 8, 3)),
+        {},
+        "leading dimensions that broadcast",
+    ),
+    "one of four": (metrics.composition_error, (Z, Z, Z, Z[:, :2]), {}, "`z` and `z_ab` must have"),
+    "a vector": (metrics.effective_rank, (Z[0],), {}, r"must have shape \(\*, N, D\)"),
+    "no rows": (metrics.mean_norm, (Z[:0],), {}, r"N >= 1 and D >= 1, got \(0, 3\)"),
+    "a matrix for each of two angles": (
+        metrics.frequencies,
+        (TURNS, GRID[:2]),
+        {},
+        r"must have shapes \(T, D, D\) and \(T,\) with T >= 2, got \(4, 3, 3\) and \(2,\)",
+    ),
+    "angles in degrees": (
+        metrics.frequencies,
+        (TURNS, GRID.rad2deg()),
+        {},
+        "`angles` must have uniform distances and fill the circle, in radians",
+    ),
+    "half the circle": (metrics.frequencies, (TURNS, GRID / 2), {}, "fill the circle"),
+    "matrices that are not orthogonal": (
+        metrics.frequencies,
+        (2 * TURNS, GRID),
+        {},
+        "`rotations` must be orthogonal matrices, got an entry .* of 3",
+    ),
+    "NaN": (metrics.frequencies, (TURNS * torch.nan, GRID), {}, "must be orthogonal matrices"),
+}
+BAD_TYPES = {
+    "a list": (metrics.mean_norm, ([1.0],), {}, "`z` must be a torch.Tensor"),
+    "integers": (metrics.wahba_error, (Z.long(), Z.long()), {}, "`z` must be a torch.Tensor of a"),
+    "a word": (metrics.wahba_error, (Z, Z), {"special": "yes"}, "`special` must be True or False"),
+    "a number": (metrics.wahba_error, (Z, Z), {"shuffled": 3}, "`shuffled` must be True or False"),
+}
+
+
+@pytest.mark.parametrize("case", [*BAD, *BAD_TYPES])
+def test_bad_input_has_a_clear_error(case):
+    function, arguments, options, message = (BAD | BAD_TYPES)[case]
+    with pytest.raises(ValueError if case in BAD else TypeError, match=message):
+        function(*arguments, **options)

@@ -4,12 +4,13 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from care_loss import metrics
+from care_loss import _draws, metrics
 from care_loss.metrics import _report, equivariance_report
 from care_loss.metrics._sampling import OWN_DRAWS
 from care_loss.metrics._tables import Estimate
@@ -550,3 +551,77 @@ def test_many_draws_are_measured_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(_report, "HELD", 1)
     parts = quiet(Noisy(0.3), points(60, 4), {"turn": turn}, samples=7)
     assert str(whole) == str(parts)
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    """Images of five shapes of infinite dSprites in 36 orientations, with what they show."""
+    dataset = pytest.importorskip("idsprites")
+    with _draws.kept():
+        _draws.seed(0)
+        shapes = dataset.InfiniteDSprites(
+            img_size=32,
+            shapes=5,
+            color_range=["white"],
+            scale_range=[1.0],
+            orientation_range=np.arange(36) * np.pi / 18,
+            position_x_range=[0.5],
+            position_y_range=[0.5],
+        )
+        images, factors = zip(*shapes, strict=True)
+    images = torch.as_tensor(np.stack(images))
+    seen = [(f.shape_id, round(f.orientation * 18 / np.pi)) for f in factors]
+    shown = {image.numpy().tobytes(): what for image, what in zip(images, seen, strict=True)}
+    assert len(shown) == len(images) == 180  # no two are equal: the images tell what they show
+    places = {what: place for place, what in enumerate(seen)}
+
+    def read(batch):
+        return [shown[image.numpy().tobytes()] for image in batch]
+
+    def turned(batch):
+        """All images turned by one random multiple of 10 degrees."""
+        steps = int(torch.randint(1, 36, ()))
+        return images[[places[shape, (k + steps) % 36] for shape, k in read(batch)]]
+
+    return images, read, turned
+
+
+def test_an_encoder_of_the_true_orientation_is_equivariant_with_the_right_angles(sprites):
+    images, read, turned = sprites
+    steps = []
+
+    def noted(batch):
+        view = turned(batch)
+        ((_, before), *_), ((_, after), *_) = read(batch), read(view)
+        steps.append((after - before) % 36)
+        return view
+
+    def orientation(batch):
+        angle = torch.tensor([k for _, k in read(batch)]) * (torch.pi / 18)
+        return torch.stack([angle.cos(), angle.sin()], -1)
+
+    report = quiet(orientation, images, {"orientation": noted}, samples=8)
+    row = report.row("orientation")
+    assert {r.verdict for r in report.rows} == {"equivariant"}
+    assert row.figures["gap_ratio"].mean < 1e-6
+    assert row.figures["cosine_spread"].mean < 1e-6
+    assert row.figures["composition_share"].mean > 1 - 1e-6
+    expected = [min(k, 36 - k) * math.pi / 18 for k in steps]
+    assert len(set(expected)) > 5
+    found = row.angles[:, 0].tolist()
+    assert all(min(abs(angle - other) for other in expected) < 1e-5 for angle in found)
+    chords = [2 * math.sin(angle / 2) for angle in found]
+    mean = row.figures["invariance_error"].mean
+    assert mean == pytest.approx(sum(chords) / len(chords), abs=1e-5)
+
+
+def test_an_encoder_of_the_class_alone_is_invariant(sprites):
+    images, read, turned = sprites
+
+    def shape(batch):
+        return torch.eye(5)[[int(shape) for shape, _ in read(batch)]]
+
+    row = quiet(shape, images, {"orientation": turned}, samples=8).row("orientation")
+    assert row.verdict == "invariant"
+    assert row.figures["invariance_error"].mean == 0
+    assert math.isnan(row.figures["rotation_share"].mean)
