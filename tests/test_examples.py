@@ -13,8 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_loss.rotation import random_orthogonal
-
 PHOTOS = Path(__file__).parent.parent / "docs" / "examples" / "photos.py"
 FLOAT64 = torch.float64
 angles = st.floats(-10, 10)
@@ -30,10 +28,11 @@ def photos():
 
 def run(output, *options):
     command = [sys.executable, "-W", "error", str(PHOTOS), "--steps", "2", "--output", str(output)]
+    command += ["--draws", "8"]
     result = subprocess.run([*command, *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = {}
-    for path in output.glob("photos-seed*.csv"):
+    for path in output.glob("*.csv"):
         with open(path, newline="", encoding="utf-8") as file:
             rows[path.stem] = list(csv.DictReader(file))
     return result.stdout, rows
@@ -44,12 +43,15 @@ def test_photos_trains_all_arms_and_is_repeatable(tmp_path):
     arms = ["untrained", "SimCLR with hue", "SimCLR without hue", "CARE, four forwards"]
     arms += ["CARE, three forwards", "placebo, three forwards"]
     arms += ["CARE, uniformity", "placebo, uniformity"]
+    others = rows.pop("ordinary-seed0"), rows.pop("ordinary-seed1")
+    assert [row["transformation"] for row in others[0]] == 4 * ["crop", "flip", "colour", "grey"]
     assert set(rows) == {"photos-seed0", "photos-seed1"}
     assert all([row["arm"] for row in table] == arms for table in rows.values())
     assert all(arm in printed for arm in arms)
     for row in rows["photos-seed0"]:
         assert 0 < float(row["gap ratio"]) < 2
         assert 0 < float(row["kNN"]) < 1
+        assert 0 < float(row["same hue"]) < 1
     assert (tmp_path / "first" / "photos.png").stat().st_size > 10_000
 
     _, again = run(tmp_path / "second", "--seed", "1")
@@ -83,37 +85,6 @@ def test_a_turn_of_the_hue_rotates_the_colours_and_leaves_grey(photos):
     torch.testing.assert_close(photos.turn_hue(red, third), green)
 
 
-@given(
-    st.lists(st.integers(0, 5), min_size=1, max_size=6),
-    st.integers(0, 3),
-    st.integers(0, 2**32 - 1),
-)
-def test_frequencies_are_those_of_a_planted_representation(photos, planes, constant, seed):
-    theta = 2 * math.pi / 24 * torch.arange(24, dtype=FLOAT64)
-    blocks = []
-    for k in planes:
-        c, s = torch.cos(k * theta), torch.sin(k * theta)
-        blocks.append(torch.stack([torch.stack([c, s], -1), torch.stack([-s, c], -1)], -2))
-    blocks += [torch.ones(24, 1, 1, dtype=FLOAT64)] * constant
-    rotations = torch.stack([torch.block_diag(*[b[t] for b in blocks]) for t in range(24)])
-    generator = torch.Generator().manual_seed(seed)
-    basis = random_orthogonal(rotations.shape[-1], generator=generator, dtype=FLOAT64)
-    multiplicities, found, deviation = photos.frequencies(basis.mT @ rotations @ basis)
-    wanted = torch.bincount(torch.tensor(planes), minlength=12).to(FLOAT64)
-    wanted[0] = 2 * wanted[0] + constant
-    torch.testing.assert_close(multiplicities, wanted, atol=1e-12, rtol=0)
-    assert found.shape == rotations.shape[:2]
-    assert deviation < 1e-6  # an eigenvalue that repeats moves by the root of the rounding
-
-
-def test_frequencies_of_rotations_that_are_no_representation_deviate(photos):
-    generator = torch.Generator().manual_seed(0)
-    rotations = random_orthogonal(
-        8, batch_shape=(24,), special=True, generator=generator, dtype=FLOAT64
-    )
-    assert photos.frequencies(rotations)[2] > 0.2
-
-
 def test_three_forwards_turn_the_embedding_and_the_placebo_does_not(photos):
     training, testing = photos.load_patches()
     arms = photos.make_arms(weight=10.0)
@@ -124,7 +95,9 @@ def test_three_forwards_turn_the_embedding_and_the_placebo_does_not(photos):
         torch.manual_seed(7)
         encoder = deepcopy(start)
         photos.train(name, arms[name], encoder, (photos.own_turns(training[r]) for r in order), 60)
-        gaps[name] = photos.measure(encoder, training, testing[::2]).gap.mean()
+        gaps[name] = (
+            photos.measure(encoder, training, testing, draws=16).hue.figures["gap_ratio"].mean
+        )
     assert gaps["CARE, three forwards"] < 0.5 * gaps["placebo, three forwards"]
 
 
@@ -147,20 +120,24 @@ def test_an_encoder_that_turns_exactly_has_the_exact_measures(photos):
     generator = torch.Generator().manual_seed(0)
     patches = torch.rand(7000, 3, 1, 1, generator=generator).expand(-1, -1, 2, 2)  # saturated
     measures = photos.measure(PlantedEncoder(), patches[:5000], patches[5000:])
-    assert measures.gap.max() < 1e-8
-    assert measures.share > 1 - 1e-8
-    assert measures.composition > 1 - 1e-8
-    wanted = torch.tensor([1.0, 1, 1] + [0] * 33, dtype=FLOAT64)
+    figures = measures.hue.figures
+    assert measures.hue.verdict == "equivariant"
+    assert figures["gap_ratio"].mean < 1e-8
+    assert figures["rotation_share"].mean > 1 - 1e-8
+    assert figures["composition_share"].mean > 1 - 1e-8
+    wanted = torch.tensor([1.0, 1, 1] + [0] * 34, dtype=FLOAT64)
     torch.testing.assert_close(measures.multiplicities, wanted, atol=1e-6, rtol=0)
     assert measures.deviation < 1e-5
     assert measures.hue_error < 2.5  # half a step of the grid
+    assert min(measures.same_hue) > 0.9
+    assert measures.ordinary == []
 
 
 @pytest.mark.parametrize(
-    "options", [("--steps", "0"), ("--weight", "-1"), ("--weight", "nan"), ("--seed", "1", "1")]
+    "options", ["--steps 0", "--draws 3", "--weight -1", "--weight nan", "--seed 1 1"]
 )
 def test_photos_refuses_bad_options_before_any_work(photos, monkeypatch, capsys, options):
-    monkeypatch.setattr(sys, "argv", ["photos.py", *options])
+    monkeypatch.setattr(sys, "argv", ["photos.py", *options.split()])
     with pytest.raises(SystemExit):
         photos.main()
-    assert f"{options[0]} must" in capsys.readouterr().err
+    assert f"{options.split()[0]} must" in capsys.readouterr().err

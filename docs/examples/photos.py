@@ -22,11 +22,12 @@ hues are drawn anew in each arm:
 * CARE, uniformity: the uniformity loss takes the place of InfoNCE, in two forwards.
 * placebo, uniformity: the same, with one turn for each image.
 
-The main result is the gap ratio: how much the Gram matrix of held-out patches differs between two
-turns of the hue that all patches share, divided by how much it differs where each patch has its
-own. It is near 0 where a turn of the hue acts as one rotation, and near 1 for an encoder that
-ignores the hue. One seed takes about four minutes on two idle CPU cores. The run writes a table
-and a figure:
+The main result is the gap ratio of the equivariance report: how much the Gram matrix of held-out
+patches changes under turns of the hue that all patches share, divided by how much it changes where
+each patch has its own. It is near 0 where a turn of the hue acts as one rotation, and near 1 for an
+encoder that ignores the hue. A second table has ordinary augmentations by name, and whether colour
+survives. One seed takes about five minutes on two idle CPU cores. The run writes two tables and a
+figure:
 
     python docs/examples/photos.py --seed 1 --output build/photos
 """
@@ -41,7 +42,7 @@ from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import kornia.augmentation as K
 import torch
@@ -54,7 +55,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from care_loss import CAREloss, InfoNCELoss
-from care_loss.functional import equivariance_loss, uniformity_loss
+from care_loss.functional import uniformity_loss
+from care_loss.metrics import Estimate, ReportRow, equivariance_report, frequencies
 from care_loss.rotation import fit_rotation
 from care_loss.sphere import normalize
 from care_loss.views import assert_shared, augment_chunks, shared_views
@@ -64,18 +66,22 @@ Arm = Callable[[nn.Module, Tensor], Parts]
 
 PATCH, BATCH, CHUNKS, DIM = 32, 256, 8, 16
 TRAINING, TESTING = 500, 200  # patches of each photograph
-ANGLES, PAIRS = 72, 24  # turns that rotations are fitted for, and pairs of them that are composed
-SHARED_DRAWS, OWN_DRAWS = 24, 8  # turns to average the gap ratio over
+ANGLES = 72  # turns of the hue that rotations are fitted for
+NEAR = math.pi / 6  # hues that differ by less count as the same
 PICTURED = 1100  # the training patch in the figure
 CONTROLS = {
     "CARE, four forwards": "SimCLR with hue",
     "CARE, three forwards": "placebo, three forwards",
     "CARE, uniformity": "placebo, uniformity",
 }
-EQUIVARIANCE = ["gap ratio", "minus control", "±", "shared hues", "own hues", "rotation share"]
-EQUIVARIANCE += ["composition"]
-EMBEDDING = ["multiplicities", "deviation", "hue error", "kNN", "effective rank", "mean norm"]
-EMBEDDING += ["s per step"]
+GAP = ["verdict", "gap ratio", "±", "shared hues", "own hues"]
+ROTATIONS = ["rotation share", "linear share", "composition", "hue error"]
+REPRESENTATION = ["multiplicities", "deviation"]
+COLOUR = ["kNN", "hue kNN", "same hue", "same hue, turned"]
+EMBEDDING = ["effective rank", "mean norm", "s per step"]
+ORDINARY = ["transformation", "verdict", "gap_ratio", "gap_ratio_standard_error"]
+ORDINARY += ["rotation_share", "linear_share", "invariance_error", "invariance_error_shuffled"]
+COMPARED = ["SimCLR with hue", "SimCLR without hue", "CARE, four forwards", "CARE, three forwards"]
 GREY, COLOURS = "#8a8f98", {"CARE, three forwards": "#14746f", "CARE, uniformity": "#36a39a"}
 COLOURS |= {"placebo, three forwards": "#d97706", "placebo, uniformity": "#d97706"}
 ARROW = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.3", "color": "#57606a"}
@@ -205,40 +211,17 @@ def train(name: str, arm: Arm, encoder: nn.Module, batches: Iterable[Tensor], st
 
 
 class Measures(NamedTuple):
-    """What the table says of an encoder; all but kNN is of the head's unit embeddings."""
+    """What the tables say of an encoder; all but kNN is of the head's unit embeddings."""
 
-    gap: Tensor  # the gap ratio without each of the shared turns in turn, (SHARED_DRAWS,)
-    shared: float  # its numerator
-    own: float  # and its denominator
-    share: float
-    composition: float
+    hue: ReportRow
+    ordinary: list[dict[str, Any]]
     multiplicities: Tensor  # of the frequencies 0, 1, ...
     deviation: float  # in radians
     angles: Tensor  # eigen-angles of the fitted rotations, (ANGLES, subspace)
     hue_error: float  # in degrees
     accuracy: float
-    rank: float
-    mean_norm: float
-
-
-def mean_loss(z: Tensor) -> Tensor:
-    """Average L_equi over the pairs of `K` views `(K, n, D)`, leaving out each in turn: `(K,)`."""
-    k = len(z)
-    loss = torch.zeros(k, k, dtype=torch.float64)
-    for i in range(k):
-        for j in range(i):
-            loss[i, j] = loss[j, i] = equivariance_loss(z[i], z[j], chunks=1)
-    return (loss.sum() - 2 * loss.sum(1)) / ((k - 1) * (k - 2))
-
-
-def with_error(left_out: Tensor) -> tuple[float, float]:
-    """Return a number and its jackknife standard error, from its `K` values without one draw."""
-    return left_out.mean().item(), ((len(left_out) - 1) * left_out.var(correction=0)).sqrt().item()
-
-
-def explained(z: Tensor, predicted: Tensor, moved: Tensor) -> float:
-    """Return the share of the displacement from `z` to `moved` that a prediction explains."""
-    return 1 - ((predicted - moved).square().sum() / (z - moved).square().sum()).item()
+    hue_accuracy: float
+    same_hue: tuple[float, float]  # before and after a turn of the hue
 
 
 def wrap(angle: Tensor) -> Tensor:
@@ -246,36 +229,12 @@ def wrap(angle: Tensor) -> Tensor:
     return (angle + math.pi) % (2 * math.pi) - math.pi
 
 
-def frequencies(rotations: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Compare rotations `(T, d, d)` of uniform angles with a representation of the circle.
-
-    Return how often each frequency occurs, by characters (the mean of tr R cos k theta), the
-    eigen-angles `(T, d)`, and their mean distance from those of the nearest integer multiplicities.
-    """
-    t, d, _ = rotations.shape
-    traces = rotations.diagonal(dim1=1, dim2=2).sum(1)
-    multiplicities = torch.fft.rfft(traces).real[: t // 2] / t
-    counts = torch.zeros_like(multiplicities)
-    counts[0] = d
-    # The nearest counts have the least sum of absolute differences over all directions. Each term
-    # is convex, so turning two constant directions into the best plane, one at a time, finds them.
-    for _ in range(d // 2):
-        distance = (multiplicities - counts).abs()
-        gain = 2 * (distance - (multiplicities - counts - 1).abs())
-        gain += distance[0] - (multiplicities[0] - counts[0] + 2).abs()
-        gain[0] = 0
-        if gain.max() <= 0:
-            break
-        counts[0] -= 2
-        counts[gain.argmax()] += 1
-    ks = torch.arange(len(counts)).repeat_interleave(counts.long())
-    ks = torch.cat([ks, -ks[ks > 0]])
-    theta = 2 * math.pi / t * torch.arange(t, dtype=traces.dtype)
-    wanted = wrap(theta[:, None] * ks).sort().values
-    found = torch.linalg.eigvals(rotations).angle().sort().values
-    # On a circle, the best assignment of sorted points is one of the cyclic shifts.
-    shifts = [wrap(found - wanted.roll(s, 1)).abs().mean(1) for s in range(d)]
-    return multiplicities, found, torch.stack(shifts).amin(0).mean().item()
+def main_hue(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the angle of the mean colour about the grey axis, and its distance from the axis."""
+    thirds = 2 * math.pi / 3 * torch.arange(3).to(images)
+    mean = images.mean((2, 3))
+    colour = torch.complex(mean @ torch.cos(thirds), mean @ torch.sin(thirds))
+    return colour.angle(), colour.abs()
 
 
 def fit_rotations(z: Tensor, turned: Tensor) -> Tensor:
@@ -290,99 +249,169 @@ def principal_subspace(z: Tensor, share: float = 0.95) -> Tensor:
     return vectors.flip(1)[:, : int((held < share).sum()) + 1]
 
 
-def effective_rank(z: Tensor) -> float:
-    """Return exp of the entropy of the normalised singular values (Roy and Vetterli, 2007)."""
-    s = torch.linalg.svdvals(z)
-    return torch.special.entr(s / s.sum()).sum().exp().item()
+def relative_hue_error(z: Tensor, z_turned: Tensor, z_asked: Tensor, asked: Tensor) -> float:
+    """Read off the turn between two patches; return the median error in degrees.
+
+    It is the turn whose rotation, fitted to the other half, takes one nearest to the other.
+    """
+    distance = torch.empty(z_turned.shape[:2], dtype=z.dtype)
+    for fit, score in (
+        (slice(0, None, 2), slice(1, None, 2)),
+        (slice(1, None, 2), slice(0, None, 2)),
+    ):
+        predicted = z[score] @ fit_rotations(z[fit], z_turned[:, fit])
+        distance[:, score] = torch.linalg.vector_norm(predicted - z_asked[score], dim=-1)
+    found = 2 * math.pi / ANGLES * distance.argmin(0)
+    return wrap(found - asked).abs().median().rad2deg().item()
 
 
-def knn_accuracy(backbone: nn.Module, training: Tensor, testing: Tensor, k: int = 20) -> float:
-    """Ask the nearest training patches, by cosine, which photograph a test patch is from."""
-    x, y = (torch.cat([backbone(part) for part in t.split(BATCH)]) for t in (training, testing))
-    nearest = (normalize(y) @ normalize(x).mT).topk(k).indices
-    guess = (nearest // TRAINING).mode().values  # the patches stand photograph by photograph
-    return (guess == torch.arange(len(y), device=y.device) // TESTING).double().mean().item()
+def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
+    """Return the indices of the k rows of the gallery with the highest cosine, `(n, k)`."""
+    return (normalize(queries) @ normalize(gallery).mT).topk(k).indices
+
+
+def knn_accuracy(embed: Callable[[Tensor], Tensor], data: list[Tensor], k: int = 20) -> float:
+    """Ask the nearest training patches for the label of a test patch."""
+    training, labels, testing, wanted = data
+    guess = labels[nearest(embed(testing), embed(training), k)].mode().values
+    return (guess == wanted).double().mean().item()
+
+
+def same_hue(embed: Callable[[Tensor], Tensor], images: Tensor, angle: float, k: int = 10) -> float:
+    """Turn the hue of each patch, and return how many of its nearest patches have its new hue."""
+    hue, _ = main_hue(images)
+    gallery = embed(images)
+    found = nearest(embed(turn_hue(images, torch.tensor(angle))), gallery, k + 1)
+    own = torch.arange(len(images), device=found.device).unsqueeze(1)
+    # The patch itself is left out: the nearest of the others are the first k that are not it.
+    others = found[(found != own) & ((found != own).cumsum(1) <= k)].view(len(images), k)
+    return (wrap(hue[others] - hue.unsqueeze(1) - angle).abs() < NEAR).double().mean().item()
+
+
+def alternating(images: Tensor) -> Tensor:
+    """Bring patches into an order in which even and odd rows are from different photographs.
+
+    Patches of one photograph overlap, and rotations are fitted to one half and scored on the other.
+    """
+    return torch.stack(images.chunk(2), 1).flatten(0, 1)
 
 
 @torch.no_grad()
 def measure(
-    encoder: nn.Sequential, training: Tensor, testing: Tensor, *, turned: bool = True
+    encoder: nn.Sequential,
+    training: Tensor,
+    testing: Tensor,
+    *,
+    turned: bool = True,
+    ordinary: bool = False,
+    draws: int = 96,
 ) -> Measures:
-    """Measure an encoder in eval mode; turns of the hue on every fourth of the held-out patches."""
+    """Measure an encoder in eval mode, on held-out patches."""
     encoder.eval()
     generator = torch.Generator().manual_seed(0)  # every arm and seed is measured alike
     draw = partial(random_angles, generator=generator)
-    images = turn_hue(testing[::4], draw(len(testing[::4])) * turned)
+    images = turn_hue(alternating(testing[::4]), draw(len(testing[::4])) * turned)
     grid = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
-    pairs = torch.randint(ANGLES, (2, PAIRS), generator=generator)
     asked = draw(len(images))
 
+    def features(images: Tensor) -> Tensor:
+        return torch.cat([encoder[0](part) for part in images.split(BATCH)])
+
     def embed(images: Tensor) -> Tensor:
-        return normalize(encoder(images).cpu().double())
+        return torch.cat([normalize(encoder(p).cpu().double()) for p in images.split(BATCH)])
 
-    def embed_turned(angles: Iterable[Tensor]) -> Tensor:
-        return torch.stack([embed(turn_hue(images, angle)) for angle in angles])
-
-    shared = mean_loss(embed_turned(draw(SHARED_DRAWS)))
-    own = mean_loss(embed_turned(draw(OWN_DRAWS, len(images)))).mean()
-    z, z_turned, z_asked = embed(images), embed_turned(grid), embed_turned([asked])[0]
-    twice = [turn_hue(turn_hue(images, a), b) for a, b in zip(*grid[pairs], strict=True)]
-    z_twice = torch.stack([embed(batch) for batch in twice])
-
-    predicted, composed = torch.empty_like(z_turned), torch.empty_like(z_twice)
-    # Patches of one photograph overlap, so the halves are photographs: five, and the other five.
-    halves = torch.arange(len(z)).chunk(2)
-    for fit, score in (halves, halves[::-1]):
-        rotations = fit_rotations(z[fit], z_turned[:, fit])
-        predicted[:, score] = z[score] @ rotations
-        composed[:, score] = z[score] @ rotations[pairs[0]] @ rotations[pairs[1]]
-    nearest = torch.linalg.vector_norm(predicted - z_asked, dim=-1).argmin(0)
-
+    report = partial(equivariance_report, encoder, progress=False)
+    z, z_asked = embed(images), embed(turn_hue(images, asked))
+    z_turned = torch.stack([embed(turn_hue(images, angle)) for angle in grid])
     basis = principal_subspace(z_turned.flatten(0, 1))
-    multiplicities, angles, deviation = frequencies(fit_rotations(z @ basis, z_turned @ basis))
+    rotations = fit_rotations(z @ basis, z_turned @ basis)
+    multiplicity, deviation = frequencies(rotations, grid)
+
+    photographs = [torch.arange(10).repeat_interleave(n).to(z) for n in (TRAINING, TESTING)]
+    hues = [turn_hue(part, draw(len(part))) for part in (training, testing)]
+    coloured = [part[main_hue(part)[1] > 0.1] for part in hues]  # of a grey patch there is no hue
+    sixths = [wrap(main_hue(part)[0]).div(math.pi / 3).floor().cpu() for part in coloured]
+    by_name = []
+    if ordinary:
+        some = alternating(testing[::20])
+        by_name = report(some, augmentations(), samples=max(4, draws // 4)).to_dict()["rows"]
     return Measures(
-        gap=shared / own,
-        shared=shared.mean().item(),
-        own=own.item(),
-        share=explained(z, predicted, z_turned),
-        composition=explained(z, composed, z_twice),
-        multiplicities=multiplicities,
-        deviation=deviation,
-        angles=angles,
-        hue_error=wrap(grid[nearest] - asked).abs().median().rad2deg().item(),
-        accuracy=knn_accuracy(encoder[0], training, testing),
-        rank=effective_rank(z),
-        mean_norm=z.mean(0).norm().item(),
+        hue=report(images, {"hue": one_turn}, samples=draws).row("hue"),
+        ordinary=[row for row in by_name if row["against"] == "clean"],
+        multiplicities=multiplicity,
+        deviation=deviation.item(),
+        angles=torch.linalg.eigvals(rotations).angle().sort().values,
+        hue_error=relative_hue_error(z, z_turned, z_asked, asked),
+        accuracy=knn_accuracy(features, [training, photographs[0], testing, photographs[1]]),
+        hue_accuracy=knn_accuracy(features, [coloured[0], sixths[0], coloured[1], sixths[1]]),
+        same_hue=(same_hue(embed, coloured[1], 0.0), same_hue(embed, coloured[1], 2 * math.pi / 3)),
     )
+
+
+def augmentations() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return augmentations by name, each with one draw for all images of a call."""
+    colour = K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=1.0, same_on_batch=True)
+    return {
+        "crop": K.RandomResizedCrop((PATCH, PATCH), scale=(0.3, 1.0), same_on_batch=True),
+        "flip": K.RandomHorizontalFlip(p=1.0),
+        "colour": lambda images: colour(images.clamp(0, 1)),
+        "grey": K.RandomGrayscale(p=1.0),
+    }
+
+
+def number(estimate: Estimate, digits: str = ".3f") -> str:
+    return "" if math.isnan(estimate.mean) else format(estimate.mean, digits)
 
 
 def table(results: dict[str, Measures], seconds: dict[str, float]) -> list[dict[str, str]]:
     """Return a row for each arm, by column."""
     rows = []
     for name, m in results.items():
-        control = results.get(CONTROLS.get(name, ""))
-        difference, error = with_error(m.gap - control.gap) if control else (0.0, 0.0)
+        figures = m.hue.figures
         shown = 1 + int((m.multiplicities.abs() >= 0.05).nonzero().max())  # the rest are zeros
+        before, after = m.same_hue
         rows.append(
             {
                 "arm": name,
-                "gap ratio": f"{m.gap.mean():.3f}",
-                "minus control": f"{difference:+.3f}" if control else "",
-                "±": f"{error:.3f}" if control else "",
-                "shared hues": f"{m.shared:.1e}",
-                "own hues": f"{m.own:.1e}",
-                "rotation share": f"{m.share:.3f}",
-                "composition": f"{m.composition:.3f}",
+                "verdict": m.hue.verdict,
+                "gap ratio": number(figures["gap_ratio"]),
+                "±": f"{figures['gap_ratio'].error:.3f}",
+                "shared hues": number(figures["shared_gap"], ".1e"),
+                "own hues": number(figures["unshared_gap"], ".1e"),
+                "rotation share": number(figures["rotation_share"]),
+                "linear share": number(figures["linear_share"]),
+                "composition": number(figures["composition_share"]),
+                "hue error": f"{m.hue_error:.1f}",
                 "multiplicities": " ".join(f"{k:.2f}" for k in m.multiplicities[:shown].tolist()),
                 "deviation": f"{m.deviation:.4f}",
-                "hue error": f"{m.hue_error:.1f}",
                 "kNN": f"{m.accuracy:.3f}",
-                "effective rank": f"{m.rank:.1f}",
-                "mean norm": f"{m.mean_norm:.3f}",
+                "hue kNN": f"{m.hue_accuracy:.3f}",
+                "same hue": f"{before:.3f}",
+                "same hue, turned": f"{after:.3f}",
+                "effective rank": number(figures["effective_rank"], ".1f"),
+                "mean norm": number(figures["mean_norm"]),
                 "s per step": f"{seconds[name]:.3f}" if name in seconds else "",
             }
         )
     return rows
+
+
+def ordinary_table(results: dict[str, Measures]) -> list[dict[str, str]]:
+    """Return a row for each arm and ordinary augmentation, as the report names the figures."""
+    return [
+        {"arm": name}
+        | {k: f"{v:.3f}" if isinstance(v := record.get(k, ""), float) else v for k in ORDINARY}
+        for name, m in results.items()
+        for record in m.ordinary
+    ]
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print("Wrote", path)
 
 
 def print_table(rows: list[dict[str, str]], columns: list[str]) -> None:
@@ -397,16 +426,15 @@ def print_table(rows: list[dict[str, str]], columns: list[str]) -> None:
 def print_findings(results: dict[str, Measures]) -> None:
     """Print what this run says, and what it cannot say."""
     for care, control in CONTROLS.items():
-        difference, error = with_error(results[care].gap - results[control].gap)
+        ours, theirs = (results[arm].hue.figures["gap_ratio"] for arm in (care, control))
+        difference, error = ours.mean - theirs.mean, math.hypot(ours.error, theirs.error)
         word = "not distinguishable from"
         if abs(difference) > 2 * error:
             word = "below" if difference < 0 else "ABOVE"
         print(f"{care}: gap ratio {word} that of {control} ({difference:+.2f} ± {error:.2f}).")
     loss = results["SimCLR without hue"].accuracy - results["CARE, three forwards"].accuracy
     print(f"kNN of SimCLR without hue minus that of CARE, three forwards: {loss:+.3f}.")
-    print(
-        "± is one standard error over the shared turns. One seed is no evidence: try --seed 0 1 2."
-    )
+    print("± is one standard error over the turns. One seed is no evidence: try --seed 0 1 2.")
 
 
 def ring_of_hues(ax: Axes, patch: Tensor, count: int = 12) -> None:
@@ -480,7 +508,13 @@ def load_patches() -> tuple[Tensor, Tensor]:
 
 
 def run(
-    seed: int, training: Tensor, testing: Tensor, *, steps: int, weight: float, turned: bool
+    seed: int,
+    training: Tensor,
+    measured: Callable[..., Measures],
+    *,
+    steps: int,
+    weight: float,
+    turned: bool,
 ) -> tuple[dict[str, Measures], dict[str, float]]:
     """Train and measure all arms; return the measures and the seconds per step by arm."""
     torch.manual_seed(seed)
@@ -489,7 +523,7 @@ def run(
     with torch.no_grad():
         for rows in order[:20]:  # the statistics that batch normalisation needs in eval mode
             untrained(training[rows])
-    results = {"untrained": measure(deepcopy(untrained), training, testing, turned=turned)}
+    results = {"untrained": measured(deepcopy(untrained))}
     seconds = {}
     for name, arm in make_arms(weight).items():
         torch.manual_seed(seed)
@@ -500,7 +534,7 @@ def run(
         seconds[name] = train(name, arm, encoder, batches, steps)
         if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
             sys.exit(f"{name}: the training diverged, its weights are not finite; lower --weight")
-        results[name] = measure(encoder, training, testing, turned=turned)
+        results[name] = measured(encoder, ordinary=name in COMPARED)
     return results, seconds
 
 
@@ -514,11 +548,14 @@ def main() -> None:
     parser.add_argument(
         "--natural", action="store_true", help="show each patch in its own hue, not in a random one"
     )
+    parser.add_argument("--draws", type=int, default=96, help="turns of the hue in the report")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("build/photos"))
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.draws < 4:
+        parser.error(f"--draws must be at least 4, got {args.draws}")
     if not 0 <= args.weight < math.inf:
         parser.error(f"--weight must be finite and at least 0, got {args.weight}")
     if len(set(args.seed)) < len(args.seed):
@@ -527,28 +564,28 @@ def main() -> None:
     training, testing = (part.to(args.device) for part in load_patches())
     assert_shared(one_turn, training[0])
     args.output.mkdir(parents=True, exist_ok=True)
+    turned = not args.natural
+    measured = partial(measure, training=training, testing=testing, turned=turned, draws=args.draws)
     first, runs = None, []
     for seed in args.seed:
         results, seconds = run(
             seed,
             training,
-            testing,
+            measured,
             steps=args.steps,
             weight=args.weight,
-            turned=not args.natural,
+            turned=turned,
         )
         first = first or results
         rows = table(results, seconds)
         runs.append(rows)
-        for columns in (EQUIVARIANCE, EMBEDDING):
+        for columns in (GAP, ROTATIONS + REPRESENTATION, COLOUR + EMBEDDING):
             print_table(rows, ["arm", *columns])
+        others = ordinary_table(results)
+        print_table(others, list(others[0]))
         print_findings(results)
-        path = args.output / f"photos-seed{seed}.csv"
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print("Wrote", path)
+        write(args.output / f"photos-seed{seed}.csv", rows)
+        write(args.output / f"ordinary-seed{seed}.csv", others)
     figure(args.output / "photos.png", training[PICTURED], first, runs)
     print("Wrote", args.output / "photos.png")
 
