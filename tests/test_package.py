@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import care_loss
 
@@ -239,7 +240,8 @@ def test_the_code_in_the_documents_runs(document):
     namespace = {}
     for block in blocks(document):
         exec(compile(block, document.name, "exec"), namespace)
-    assert namespace["loss"].isfinite()
+    assert namespace.get("loss", torch.zeros(())).isfinite()
+    assert document.name != "README.md" or {"loss", "report"} <= namespace.keys()
 
 
 def test_the_readmes_first_example_is_short_and_has_one_statement_per_line():
