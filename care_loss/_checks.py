@@ -462,6 +462,7 @@ def transformed(rows: int, **tensors: Any) -> None:
     for name, z in tensors.items():
         _floating(name, z)
     (name, first), *others = tensors.items()
+    names, leading = name, first.shape[:-2]
     if first.ndim < 2 or first.shape[-2] < rows or first.shape[-1] < 1:
         hint = ": each half of the rows needs two" if rows > 2 else ""
         raise ValueError(
@@ -476,7 +477,8 @@ def transformed(rows: int, **tensors: Any) -> None:
                 "belongs to image i, from the same encoder."
             )
         _same_dtype_and_device(name, first, other_name, other)
-        _broadcastable(name, first.shape[:-2], other_name, other.shape[:-2])
+        leading = _broadcastable(names, leading, other_name, other.shape[:-2])
+        names += f"` and `{other_name}"
 
 
 def encoder(value: Any) -> None:
@@ -531,13 +533,15 @@ def batch(value: Any) -> Tensor:
     return images
 
 
-def images_to_report(first: Tensor) -> None:
-    """Require a first batch of at least one image."""
-    if first.ndim < 2 or not len(first):
+def images_to_report(first: Any) -> Tensor:
+    """Require a first batch of at least one image, and return the images."""
+    images = None if first is None else batch(first)
+    if images is None or images.ndim < 2 or not len(images):
         raise ValueError(
-            f"`images` must contain images, (N, ...) with N >= 4, got {_kind(first)}: stack the "
+            f"`images` must contain images, (N, ...) with N >= 4, got {_kind(images)}: stack the "
             "images with torch.stack()."
         )
+    return images
 
 
 def enough_images(n: int) -> None:
@@ -551,21 +555,28 @@ def enough_images(n: int) -> None:
 
 
 def failed(name: str, error: Exception) -> None:
-    """Name the transformation that raised an error when it was tried, unless this is ours."""
-    if name not in str(error):
+    """Name the transformation that raised an error, unless the error is one of ours."""
+    if f"transformations[{name!r}]" not in str(error):
         raise ValueError(
-            f"transformations[{name!r}] must map a tensor of images (n, ...) to such a tensor, got "
-            f"{type(error).__name__}: {error}. Transforms of single images can be wrapped in a "
-            "function that stacks what they return."
+            f"transformations[{name!r}] must map a tensor of images (n, ...) to such a tensor, for "
+            f"any n and with one size, got {type(error).__name__}: {error}. Transforms of single "
+            "images can be wrapped in a function that stacks what they return."
         ) from error
 
 
-def transformed_images(name: str, value: Any, n: int) -> Tensor:
-    """Require that a transformation of `n` images returned as many, and return them."""
+def transformed_images(name: str, value: Any, images: Tensor) -> Tensor:
+    """Require that a transformation returned as many images of the same dtype, and return them."""
+    n = len(images)
     if not isinstance(value, Tensor) or not value.ndim or len(value) != n:
         raise ValueError(
             f"transformations[{name!r}] must map a tensor of {n} images to a tensor of {n} images, "
             f"got {_kind(value)}: return one transformed image for each."
+        )
+    if value.dtype != images.dtype:
+        raise ValueError(
+            f"transformations[{name!r}] must keep the dtype of the images, {images.dtype}, got "
+            f"{value.dtype}: convert and normalise in the encoder, or beforehand, because the "
+            "clean images are embedded as they are."
         )
     return value
 
@@ -604,9 +615,20 @@ def repeatable(name: str, differ_within: bool, differ_again: bool, differ_alone:
         )
 
 
-def encoder_outputs(value: Any, n: int, view: tuple[Any, ...]) -> dict[str, Tensor]:
+def alone(z: Tensor, halves: Tensor) -> None:
+    """Require that images have the same embeddings in one batch and in two."""
+    difference = float(torch.linalg.vector_norm(z - halves))
+    if not difference <= 0.02 * float(torch.linalg.vector_norm(z)):
+        raise ValueError(
+            "`encoder` must embed an image the same way in every batch, got other embeddings for "
+            "the same images in two halves: batch normalisation and dropout must be in eval mode. "
+            "Pass the module itself, or call its .eval() before."
+        )
+
+
+def encoder_outputs(value: Any, n: int, name: str | None) -> dict[str, Tensor]:
     """Require finite embeddings of `n` images, or features and projections, and name them."""
-    where = "the clean images" if view == ("clean",) else f"transformation {view[0]!r}"
+    where = "the clean images" if name is None else f"transformation {name!r}"
     pair = isinstance(value, (tuple, list)) and len(value) == 2
     outputs = dict(zip(("features", "projections"), value, strict=True)) if pair else None
     for z in (outputs or {"": value}).values():

@@ -180,7 +180,7 @@ def lines_of_code(source):
 
 
 LINES_OF_CODE = {  # at most; what has no entry may have 30
-    "_checks": 620,
+    "_checks": 640,
     "_chunks": 45,
     "_draws": 45,
     "_kernels.gram_gap": 135,
@@ -192,9 +192,9 @@ LINES_OF_CODE = {  # at most; what has no entry may have 30
     "metrics.__init__": 40,
     "metrics._frequencies": 50,
     "metrics._measures": 140,
-    "metrics._report": 230,
-    "metrics._sampling": 165,
-    "metrics._tables": 135,
+    "metrics._report": 250,
+    "metrics._sampling": 195,
+    "metrics._tables": 140,
     "modules": 140,
     "rotation": 280,
     "sphere": 200,

@@ -84,7 +84,7 @@ def test_too_few_images_are_never_called_not_equivariant():
         report = quiet(nn.Identity(), points(n, 8), {"turn": turn}, samples=4)
         assert {row.verdict for row in report.rows} == {verdict}
     text = str(quiet(nn.Identity(), points(15, 8), {"turn": turn}, samples=4))
-    assert "15 images are fewer than 2 D = 16" in text
+    assert "15 images are too few for D = 8: measure at least 4 D = 32." in text
     assert "15 images" in text
     assert "not equivariant" not in text
 
@@ -102,9 +102,10 @@ def test_an_encoder_that_ignores_sharing_has_a_gap_ratio_of_1():
 def figures_with(**values):
     chosen = {
         "mean_norm": 0.1,
+        "effective_rank": 5.0,
         "invariance_error": 1.0,
         "gap_ratio": 0.01,
-        "rotation_share": 0.99,
+        "share_above_chance": 0.99,
     } | values
     return {name: Estimate(value, 0.0, 1.0) for name, value in chosen.items()}
 
@@ -116,8 +117,8 @@ def figures_with(**values):
         ("invariance_error", 0.049, 0.051, "invariant", "equivariant"),
         ("gap_ratio", 0.099, 0.101, "equivariant", "partly equivariant"),
         ("gap_ratio", 0.499, 0.501, "partly equivariant", "not equivariant"),
-        ("rotation_share", 0.901, 0.899, "equivariant", "partly equivariant"),
-        ("rotation_share", 0.501, 0.499, "partly equivariant", "not equivariant"),
+        ("share_above_chance", 0.901, 0.899, "equivariant", "partly equivariant"),
+        ("share_above_chance", 0.501, 0.499, "partly equivariant", "not equivariant"),
     ],
 )
 def test_each_threshold_of_the_verdict(name, inside, outside, word, otherwise):
@@ -175,6 +176,165 @@ def test_an_encoder_just_below_and_just_above_each_threshold():
     assert found == ["partly equivariant", "not equivariant"]
 
 
+def test_an_encoder_just_above_and_just_below_each_share():
+    class Cluttered(nn.Module):
+        """Points, and beside them a share of an unrelated function of them in many dimensions."""
+
+        def __init__(self, share):
+            super().__init__()
+            generator = torch.Generator().manual_seed(1)
+            self.share = share
+            self.first = torch.randn(4, 64, generator=generator, dtype=FLOAT64) * 3
+            self.last = torch.randn(64, 60, generator=generator, dtype=FLOAT64)
+
+        def forward(self, x):
+            other = normalize(torch.sin(x @ self.first) @ self.last)
+            return torch.cat([(1 - self.share) * normalize(x), self.share * other], 1)
+
+    def above_chance(figures):
+        return 1 - figures["share_above_chance"].mean  # which grows with the clutter
+
+    found = crossing(Cluttered, above_chance, 0.1, 0.0, 0.5)
+    assert found == ["equivariant", "partly equivariant"]
+    found = crossing(Cluttered, above_chance, 0.5, 0.0, 0.7)
+    assert found == ["partly equivariant", "not equivariant"]
+
+
+@pytest.mark.parametrize("mean", [0.75, 0.96])
+def test_a_direction_that_all_embeddings_share_explains_nothing(mean):
+    # All images start in one pose, which turns; what tells them apart is scrambled by each draw.
+    generator = torch.Generator().manual_seed(0)
+    content, pose = torch.randn(2, 4, 8, generator=generator, dtype=FLOAT64) * 9
+    images = torch.cat([torch.eye(2, dtype=FLOAT64)[:1].expand(200, 2), points(200, 4)], 1)
+
+    def turn_pose(x):
+        return torch.cat([plane_turn(x[:, :2]), x[:, 2:]], 1)
+
+    def scrambled(x):
+        rest = normalize(torch.sin((x[:, 2:] @ content) * (x[:, :2] @ pose[:2])))
+        return torch.cat([mean * x[:, :2], (1 - mean**2) ** 0.5 * rest], 1)
+
+    row = quiet(scrambled, images, {"turn": turn_pose}).row("turn")
+    assert row.figures["rotation_share"].mean > 0.5
+    assert row.figures["share_above_chance"].mean < 0.1
+    assert row.verdict == "not equivariant"
+
+
+def test_few_images_do_not_make_an_encoder_look_less_equivariant():
+    few = verdict_of(Wide(0.18), n=64, d=32)
+    many = verdict_of(Wide(0.18), n=640, d=32)
+    assert many.verdict == "equivariant"
+    assert few.figures["rotation_share"].mean < 0.9
+    assert few.verdict == "too few images"
+
+
+class Wide(Noisy):
+    def __init__(self, share):
+        super().__init__(share, 32)
+        self.first = self.first / 32**0.5
+
+
+@pytest.mark.parametrize("output", [0.0, 1.0])
+def test_dead_embeddings_are_collapsed(output):
+    row = verdict_of(lambda x: torch.full((len(x), 3), output))
+    assert row.verdict == "collapsed"
+    assert any("embeddings are 0" in warning for warning in row.warnings) == (output == 0)
+
+
+def test_encoders_that_work_in_place_do_no_harm():
+    images = points(60, 4)
+    before = images.clone()
+    found = quiet(lambda x: x.sub_(0.5).div_(0.25), images, {"turn": turn}, samples=4)
+    assert torch.equal(images, before)
+    expected = quiet(lambda x: (x - 0.5) / 0.25, images, {"turn": turn}, samples=4)
+    assert str(found) == str(expected)
+
+
+def test_a_transformation_that_does_nothing_to_the_first_images_is_not_fixed():
+    images = points(60, 4)
+    images[:10] = 0
+    row = quiet(lambda x: x + 1e-3, images, {"turn": turn}, samples=6).row("turn")
+    assert row.draws == 6
+    assert "gap_ratio" in row.figures
+
+
+def test_draws_that_change_nothing_do_not_make_an_encoder_invariant():
+    def rarely(x):
+        return turn(x) if torch.rand(()) < 0.05 else x
+
+    row = quiet(nn.Identity(), points(60, 4), {"rarely": rarely}, samples=40).row("rarely")
+    assert row.verdict == "equivariant"
+    assert row.figures["invariance_error"].mean > 0.5
+    assert any("of 40 draws change no image" in warning for warning in row.warnings)
+
+
+def test_a_transformation_may_have_any_name():
+    images = points(60, 4)
+    both = quiet(Noisy(0.3), images, {"clean": flip, "turn": turn}, samples=4)
+    alone = quiet(Noisy(0.3), images, {"turn": turn}, samples=4)
+    assert both.row("turn").figures == alone.row("turn").figures
+
+
+def test_modules_in_training_mode_are_found_or_refused():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    images = points(200, 4).float()
+    net(images)
+    expected = str(quiet(net, images, {"turn": turn}, samples=4))
+    for encoder in (net.forward, partial(net), partial(lambda m, x: m(x), net)):
+        assert str(quiet(encoder, images, {"turn": turn}, samples=4)) == expected
+    with pytest.raises(ValueError, match="`encoder` must embed an image the same way in every"):
+        quiet(lambda x: net(x), images, {"turn": turn}, samples=4)
+    with pytest.raises(ValueError, match="dropout must be in eval mode"):
+        quiet(nn.functional.dropout, images, {"turn": turn}, samples=4)
+
+
+def test_a_mirror_is_no_rotation_and_has_no_angle():
+    mirror = torch.tensor([1.0, -1.0], dtype=FLOAT64)
+    row = verdict_of(nn.Identity(), lambda x: x * mirror, d=2)
+    assert row.verdict == "equivariant"  # over O(D)
+    assert row.angles.isnan().all()
+    assert math.isnan(row.figures["angle"].mean)
+
+
+class Numbered(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return points(40, 4)[index], index
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"num_workers": 2}])
+def test_a_loader_gives_one_report_and_leaves_the_generators(options):
+    loader = DataLoader(Numbered(), batch_size=16, **options)
+    state = torch.get_rng_state()
+    first = quiet(nn.Identity(), loader, {"turn": turn}, samples=4)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(1)
+    assert str(first) == str(quiet(nn.Identity(), loader, {"turn": turn}, samples=4))
+    if "shuffle" not in options:
+        images = points(40, 4)
+        assert str(first) == str(quiet(nn.Identity(), images, {"turn": turn}, samples=4))
+
+
+def test_transforms_of_torchvision_are_measured(torchvision):
+    v2 = torchvision.transforms.v2
+    images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    transformations = {
+        "flip": v2.RandomHorizontalFlip(p=0.5),
+        "crop": v2.RandomResizedCrop(8, antialias=True),
+        "colour": v2.ColorJitter(0.4, 0.4),
+    }
+
+    def halves(x):  # a flip exchanges the two
+        return torch.cat([x[..., :4].mean((2, 3)), x[..., 4:].mean((2, 3))], 1) - 0.5
+
+    report = quiet(halves, images, transformations, samples=8)
+    assert report.row("flip").verdict == "equivariant"
+    assert report.row("crop").verdict == "not equivariant"
+
+
 def test_an_invariant_encoder_has_no_shares():
     def length(x):
         return torch.cat([x.norm(dim=1, keepdim=True) - 1.5, torch.ones_like(x[:, :1])], 1)
@@ -219,12 +379,17 @@ def test_a_fixed_transformation_has_one_draw_and_no_unshared_control():
     )
 
 
-def test_the_identity_is_invariant_and_the_report_says_that_nothing_moves():
-    report = quiet(nn.Identity(), points(40, 4), {"nothing": lambda x: x, "turn": turn})
-    row = report.row("nothing")
-    assert row.verdict == "invariant"
-    assert "no embedding moves at all." in row.warnings
-    assert str(report)
+def test_the_identity_shows_nothing_of_the_encoder_and_the_report_says_so():
+    def never(x):
+        return x if torch.rand(()) < 1 else turn(x)
+
+    report = quiet(
+        nn.Identity(), points(40, 4), {"nothing": lambda x: x, "never": never}, samples=4
+    )
+    assert [row.verdict for row in report.rows] == ["no change", "no change"]
+    assert [row.draws for row in report.rows] == [1, 1]
+    assert "1 of 1 draws change no image" in str(report)
+    assert math.isnan(report.row("nothing").figures["rotation_share"].mean)
 
 
 def test_a_transformation_that_rarely_acts_is_measured_where_it_does():
@@ -284,11 +449,13 @@ def test_the_generators_and_the_modes_of_the_encoder_are_left_as_they_were():
 
     def broken(x):
         if len(x) == 30 and torch.rand(()) < 0.5:
-            raise RuntimeError("broken")
+            raise RuntimeError("out of bounds")
         return turn(x)
 
-    with pytest.raises(RuntimeError, match="broken"):
-        quiet(encoder, images, {"broken": broken}, samples=16)
+    with pytest.raises(
+        ValueError, match=r"transformations\['out'\] .* RuntimeError: out of bounds"
+    ):
+        quiet(encoder, images, {"out": broken}, samples=16)
     assert [part.training for part in encoder.modules()] == [True, True, True, False]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -384,6 +551,7 @@ def test_the_figures_are_the_measures_of_the_draws():
     report = quiet(encoder, images, {"turn": turn}, samples=4)
     clean, *views = seen
     assert torch.equal(clean, images)
+    del views[:3]  # the first batch once more, in halves, and the clean images
     assert len(views) == 4 + 2 + OWN_DRAWS
     shared, twice = torch.stack([views[k] for k in (0, 2, 3, 5)]), torch.stack(views[1:5:3])
     own = torch.stack(views[6:])
@@ -482,7 +650,10 @@ BAD = {
         r"transformations\['bright'\] must return finite images",
     ),
     "NaN embeddings under a transformation": (
-        {"transformations": {"dark": lambda x: 0 * x}, "encoder": lambda x: x / x.norm()},
+        {
+            "transformations": {"dark": lambda x: 0 * x},
+            "encoder": lambda x: x / x.norm(dim=1, keepdim=True),
+        },
         ValueError,
         "finite embeddings, got NaN or infinity for 20 of 20 .* transformation 'dark'",
     ),
@@ -506,10 +677,20 @@ BAD = {
         ValueError,
         r"transformations\['t'\] must map a tensor of 32 images to a tensor of 32 images",
     ),
-    "a transform of single images": (
-        {"transformations": {"pil": lambda x: x.convert("L")}},
+    "a transform that converts": (
+        {"transformations": {"t": lambda x: x.float()}},
         ValueError,
-        r"transformations\['pil'\] must map a tensor of images .* got AttributeError",
+        r"transformations\['t'\] must keep the dtype of the images, torch.float64, got",
+    ),
+    "sizes that differ from draw to draw": (
+        {"transformations": {"t": lambda x: x[:, : int(torch.randint(1, 5, ()))]}},
+        ValueError,
+        r"transformations\['t'\] must map a tensor of images .* with one size",
+    ),
+    "a transform of single images": (
+        {"transformations": {"t": lambda x: x.convert("L")}},
+        ValueError,
+        r"transformations\['t'\] must map a tensor of images .* got AttributeError",
     ),
 }
 

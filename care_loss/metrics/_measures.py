@@ -266,8 +266,8 @@ def cosine_spread(z: Tensor, z_transformed: Tensor, *, shuffled: bool = False) -
     """
     _checks.transformed(2, z=z, z_transformed=z_transformed)
     u, v = unit_rows(shuffled, z, z_transformed)
-    variance: Tensor = (u * v).sum(-1).var(-1, correction=0)
-    return variance
+    cosine = (u * v).sum(-1)
+    return (cosine - cosine.mean(-1, keepdim=True)).square().mean(-1)
 
 
 class Retrieval(NamedTuple):
@@ -446,7 +446,8 @@ def retrieval(predicted: Tensor, candidates: Tensor) -> Retrieval:
             nearer = (scores > own + TIE).sum(1)
             as_near = (scores >= own - TIE).sum(1)  # or nearer, and itself
             found.append((nearer + as_near + 1).to(x.dtype) / 2)
-    ranks = torch.cat(found).view(predicted.shape[:-1])
-    ranks = ranks.masked_fill(~(predicted + candidates).sum(-1).isfinite(), torch.nan)
-    hits = torch.stack([(ranks <= k).to(ranks.dtype).mean(-1) for k in (1, 5)], -1)
-    return Retrieval(ranks.reciprocal().mean(-1), hits)
+    ranks = torch.cat([predicted.new_empty(0), *found]).view(predicted.shape[:-1])
+    hits = torch.stack([(ranks <= k).to(ranks.dtype) for k in (1, 5)], -1)
+    broken = ~(predicted + candidates).sum((-2, -1)).isfinite()
+    mrr = ranks.reciprocal().mean(-1).masked_fill(broken, torch.nan)
+    return Retrieval(mrr, hits.mean(-2).masked_fill(broken.unsqueeze(-1), torch.nan))

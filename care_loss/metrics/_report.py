@@ -31,10 +31,11 @@ HELD = 2**20  # how many numbers the embeddings of draws that are measured at on
 CHANCE_DRAWS = 16  # of which the chance level is the mean
 RETRIEVED = 1024  # images among which a transformed image is looked for, at most
 PAIRED = 256  # images of which the paper's mean of ratios takes all pairs, at most
+UNKNOWN = Estimate(math.nan, math.nan)
 STILL = 0.01  # pairs that move by less than this share of the mean are near the identity
 COLLAPSED = 0.99  # the mean norm from which an encoder is called collapsed
 INVARIANT = 0.05  # the displacement, relative to that of shuffled rows, below which it is invariant
-EQUIVARIANT = 0.1, 0.9  # the highest gap ratio and the lowest rotation share
+EQUIVARIANT = 0.1, 0.9  # the highest gap ratio and the lowest share above chance
 PARTLY = 0.5, 0.5
 
 
@@ -54,8 +55,9 @@ def equivariance_report(
     Each transformation is drawn `samples` times. A draw is shared by all images, and is the same in
     every batch. As the **unshared control**, it is also drawn for each image by itself, eight
     times. The headline is the **gap ratio**: the equivariance error under shared draws, divided by
-    that under unshared ones. It is near 0 where a draw acts on all embeddings as one rotation, and
-    near 1 where sharing makes no difference; then both errors can be small, and are reported too.
+    that under unshared ones. It is near 0 if a draw acts on all embeddings as one rotation, and
+    near 1 if sharing makes no difference. For an invariant encoder both errors are small and their
+    ratio is unstable, so both are reported.
 
     Rows compare the transformed images with the `"clean"` ones, and with `"another draw"` of the
     same transformation, as in training. All fits are held out. The errors are standard errors over
@@ -63,26 +65,33 @@ def equivariance_report(
 
     The verdict of a row is the first of these that applies:
 
-    * `"collapsed"`: the mean norm is at least 0.99.
+    * `"no change"`: no draw changed an image, which shows nothing of the encoder.
+    * `"collapsed"`: the mean norm is at least 0.99, or all embeddings are 0.
     * `"invariant"`: the invariance error is under 5 % of that of shuffled rows. The shares are NaN.
-    * `"too few images"`: there are fewer than 2 D. Fits to fewer rows than D cannot tell.
-    * `"equivariant"`: the gap ratio is at most 0.1 and the rotation share at least 0.9.
-    * `"partly equivariant"`: the gap ratio is at most 0.5 and the rotation share at least 0.5.
+    * `"too few images"`: there are fewer than 2 D images, so that each half has fewer rows than
+      dimensions, and a fit to it does not determine the rotation.
+    * `"equivariant"`: the gap ratio is at most 0.1, and the share above chance at least 0.9.
+    * `"partly equivariant"`: the gap ratio is at most 0.5, and the share above chance at least 0.5.
     * `"not equivariant"`.
 
+    With fewer than 4 D images, fits to a half are less exact than the rotation that they look for:
+    if only the share is below its threshold, the verdict is `"too few images"` there too.
+
     A transformation whose draws are all equal (a flip of every image) counts as fixed: it has one
-    draw and no unshared control, and its verdict depends on the rotation share alone.
+    draw and no unshared control, and its verdict depends on the share alone.
 
     Args:
         encoder: Maps images `(n, ...)` to embeddings `(n, D)`, or to a pair of features and
-            projections, which are measured both. A module, or a method of one, is brought into eval
-            mode, and back into its mode afterwards. Other callables must use eval mode themselves.
+            projections, which are measured both. A module, or a method or `functools.partial` of
+            one, is brought into eval mode, and back into its mode afterwards. In other callables
+            the modules must be in eval mode: it is an error if an embedding depends on its batch.
         images: Images `(N, ...)` with `N >= 4`, or a `DataLoader` of batches of them, alone or
             first in a tuple. It is read once. The embeddings are kept on the CPU.
         transformations: Maps names to transforms of images `(n, ...)` to as many, which draw one
             augmentation for all, from the generators of torch, NumPy or `random` (kornia with
             `same_on_batch=True`, `torchvision.transforms.v2`). For the unshared control they are
-            called with one image at a time.
+            called with one image at a time. They must leave the dtype and the range of values as
+            they are: conversion and normalisation belong in the encoder.
         samples: The number of draws, at least 4. Half as many pairs of draws are compared with one
             another, and composed.
         batch_size: How many images are embedded at a time, if `images` is a tensor.
@@ -100,26 +109,29 @@ def equivariance_report(
         * `gap_ratio`, `shared_gap`, `unshared_gap`: :func:`equivariance_error` under shared and
           unshared draws, and their ratio.
         * `rotation_share`: :func:`rotation_share`, as 1 minus the ratio of the means over draws, so
-          that draws that move nothing do no harm. `linear_share`: the same for the best linear map,
-          which is not restricted to rotations, by least squares.
+          that draws that move nothing do no harm. `share_above_chance`: the same in units of what
+          chance leaves, 0 for shuffled rows and 1 for a rotation; a direction that all embeddings
+          share has a rotation share, but none above chance. `linear_share`: the share of the best
+          linear map by least squares, which need not be a rotation (from 4 D images on).
         * `composition_error`, `composition_share`, `composition_from_direct`: the error of
           :func:`composition_error` for two draws in succession, the share of the displacement that
           is explained, and the distance of this prediction from that of the rotation which is
           fitted to both in succession.
         * `mrr`, `hits_at_1`, `hits_at_5`: :func:`transformed_retrieval`, among 1,024 images at
           most.
-        * `wahba_error`, `invariance_error`, `relative_equivariance`, `cosine_spread` (for `D = 2`),
-          `effective_rank` and `mean_norm` (of the transformed images): the functions of this name.
+        * `wahba_error`, `invariance_error` (of the draws that changed an image),
+          `relative_equivariance`, `cosine_spread` (for `D = 2`), `effective_rank` and `mean_norm`
+          (of the images before the transformation): the functions of this name.
         * `mean_of_ratios`: the relative equivariance as the paper defines it, a mean of ratios over
           pairs of 256 images at most; `near_identity` is the share of pairs that are left out
           because they move by less than 1 % of the mean.
         * `angle`: the largest principal angle, in radians, of the rotation of SO(D) that is fitted
-          to all rows.
+          to all rows; NaN with fewer than 2 D images, or if a reflection fits much better.
 
     Raises:
         TypeError, ValueError: if an argument is not as described; if a transformation draws for
             each image by itself, from another generator, or depends on the number of images; or if
-            embeddings are not finite.
+            embeddings are not finite, or depend on the batch.
 
     Example:
         >>> def turn(images):  # one rotation of the plane for all images
@@ -146,109 +158,126 @@ def equivariance_report(
     )
     rows: list[ReportRow] = []
     for name, found in samples_of.items():
-        for output, clean in found.clean.items():
-            rows += _rows(name, output, clean, found)
+        for output in found.clean:
+            rows += _rows(name, output, found)
     return EquivarianceReport(tuple(rows), rows[0].images, samples, seed)
 
 
-def _rows(name: str, output: str, clean: Tensor, samples: Samples) -> list[ReportRow]:
+def _rows(name: str, output: str, samples: Samples) -> list[ReportRow]:
     """Return the row against clean images and, unless draws are equal, the one against draws."""
-    shared, own = samples.shared[output], samples.own.get(output)
-    twice = samples.twice.get(output)
-    figures = _figures(clean, shared, own if own is None else (clean, own))
+    clean, shared = samples.clean[output], samples.shared[output]
+    own, twice = samples.own.get(output), samples.twice.get(output)
+    # Pairs of draws; a transformation whose draws are all equal is paired with itself.
+    first, second = (shared[0:-1:2], shared[1::2]) if own is not None else (shared, shared)
+    figures = _figures(clean, shared, samples.acted, own if own is None else (clean, own))
     warnings = []
     if twice is None:
         warnings.append("composition is not measured, because the size of the images changes.")
     else:
-        a, b = (shared[0:-1:2], shared[1::2]) if len(shared) > 1 else (shared, shared)
-        figures |= _composition(clean, a, b, twice)
-    rows = [_row(name, output, "clean", clean, shared, figures, warnings)]
+        figures |= _composition(clean, first, second, twice)
+    rows = [_row((name, output, "clean"), clean, shared, samples.acted, figures, warnings)]
     if own is not None:
-        first, second = shared[0:-1:2], shared[1::2]
-        figures = _figures(first, second, (own[0::2], own[1::2]))
-        rows.append(_row(name, output, "another draw", first, second, figures, []))
+        figures = _figures(first, second, samples.differ, (own[0::2], own[1::2]))
+        labels = name, output, "another draw"
+        rows.append(_row(labels, first, second, samples.differ, figures, []))
     return rows
 
 
 def _row(
-    name: str,
-    output: str,
-    against: str,
+    labels: tuple[str, str, str],
     z: Tensor,
     moved: Tensor,
+    acted: Tensor,
     figures: dict[str, Estimate],
     warnings: list[str],
 ) -> ReportRow:
     """Reach the verdict, and say what limits the figures."""
     draws, n, d = moved.shape
-    decided = verdict(figures, n, d)
+    decided = verdict(figures, n, d) if acted.any() else "no change"
+    still, zeros = int((~acted).sum()), int((z == 0).all(-1).sum())
+    if still:
+        warnings.append(f"{still} of {draws} draws change no image; the others show invariance.")
+    if zeros:
+        warnings.append(f"{zeros} embeddings are 0, and have no direction.")
     if decided == "invariant":
         warnings.append("the gap ratio of an invariant encoder is one of two small errors.")
     if decided == "too few images":
-        warnings.append(f"{n} images are fewer than 2 D = {2 * d}, too few to fit rotations to.")
+        warnings.append(f"{n} images are too few for D = {d}: measure at least 4 D = {4 * d}.")
     elif n < 4 * d:
-        warnings.append(f"{n} images are fewer than 4 D = {4 * d}: the linear share is too low.")
+        warnings.append(
+            f"{n} images are fewer than 4 D = {4 * d}: the rotation share is too low, and there is "
+            "no linear share."
+        )
     if "gap_ratio" not in figures:
         warnings.append("all draws are equal: there is no unshared control.")
-    if figures["invariance_error"].mean == 0:
-        warnings.append("no embedding moves at all.")
     angles = _by_draws(_angles, z, moved)["angles"]
     if d > 1:
         figures["angle"] = _mean(angles[:, 0])
     shown = {key: figures[key] for key in COLUMNS if key in figures}
-    return ReportRow(name, output, against, decided, n, d, draws, tuple(warnings), shown, angles)
+    return ReportRow(*labels, decided, n, d, draws, tuple(warnings), shown, angles)
 
 
 def verdict(figures: Mapping[str, Estimate], n: int, d: int) -> str:
-    """Return the verdict for `n` images and embeddings of dimension `d`."""
+    """Return the verdict for `n` images and embeddings of dimension `d`, if a draw did anything."""
     error = figures["invariance_error"]
-    if figures["mean_norm"].mean >= COLLAPSED:
+    if not figures["mean_norm"].mean < COLLAPSED or math.isnan(figures["effective_rank"].mean):
         return "collapsed"
     if error.mean < INVARIANT * error.shuffled:
         return "invariant"
     if n < 2 * d:
         return "too few images"
-    gap, share = figures.get("gap_ratio", Estimate(0, 0)).mean, figures["rotation_share"].mean
+    gap, share = figures.get("gap_ratio", Estimate(0, 0)).mean, figures["share_above_chance"].mean
     for word, (highest, lowest) in ("equivariant", EQUIVARIANT), ("partly equivariant", PARTLY):
-        if gap <= highest and share >= lowest:
-            return word
+        if gap <= highest:
+            if share >= lowest:
+                return word
+            if n < 4 * d:  # fits to so few rows are worse than the rotation itself
+                return "too few images"
     return "not equivariant"
 
 
-def _figures(z: Tensor, moved: Tensor, own: tuple[Tensor, Tensor] | None) -> dict[str, Estimate]:
+def _figures(
+    z: Tensor, moved: Tensor, acted: Tensor, own: tuple[Tensor, Tensor] | None
+) -> dict[str, Estimate]:
     """Measure pairs of embeddings, `(draws, n, D)` or one `(n, D)` for all, with their controls."""
+    n, d = moved.shape[-2:]
     found = _by_draws(_numbers, z, moved)
     chance = _by_draws(partial(_numbers, shuffled=True), *_few(z, moved))
-    alone = _by_draws(_of_moved, z, moved)
-
-    def mean(name: str) -> Estimate:
-        """Return the mean of a number over draws."""
-        return _mean(found[name], chance[name])
+    # A draw that changes no image says nothing of the encoder. Ratios of means do not see it.
+    displacement = _mean(found["moved"][acted], chance["moved"])
 
     def share(name: str) -> Estimate:
         """Return the share of the displacement that maps with this error explain."""
+        if displacement.mean < INVARIANT * displacement.shuffled:
+            return UNKNOWN
         return _share(found[name], found["moved"], chance[name], chance["moved"])
 
+    rotation = share("wahba")
+    linear = share("linear") if n >= 4 * d else UNKNOWN
     gap, squared = found["gap"], found["squared"]
+    ratios, left_out = _by_draws(_mean_of_ratios, z, moved).values()
+    of_z = z if z.ndim == 3 else z.unsqueeze(0)
     figures = {
-        "shared_gap": mean("gap"),
-        "rotation_share": share("wahba"),
-        "linear_share": share("linear"),
-        "mrr": mean("mrr"),
-        "hits_at_1": mean("hits_at_1"),
-        "hits_at_5": mean("hits_at_5"),
-        "wahba_error": mean("wahba"),
-        "invariance_error": mean("moved"),
+        "shared_gap": _mean(gap, chance["gap"]),
+        "rotation_share": rotation,
+        "share_above_chance": _above_chance(rotation),
+        "linear_share": linear,
+        "wahba_error": _mean(found["wahba"], chance["wahba"]),
+        "invariance_error": displacement,
         "relative_equivariance": _ratio(4 * gap, squared, 4 * chance["gap"], chance["squared"]),
-        "cosine_spread": mean("spread"),
-        **{name: _mean(values) for name, values in alone.items()},
+        "mean_of_ratios": _mean(ratios),
+        "near_identity": _mean(left_out),
+        "effective_rank": _mean(_by_draws(lambda x: {"rank": effective_rank(x)}, of_z)["rank"]),
+        "mean_norm": _mean(_by_draws(lambda x: {"norm": mean_norm(x)}, of_z)["norm"]),
     }
+    for name in ("mrr", "hits_at_1", "hits_at_5", "cosine_spread"):
+        figures[name] = _mean(found[name], chance[name])
+    if d != 2:
+        del figures["cosine_spread"]
     if own is not None:
         unshared = _mean(_by_draws(lambda *pair: {"gap": equivariance_error(*pair)}, *own)["gap"])
         figures["unshared_gap"] = unshared
         figures["gap_ratio"] = _quotient(figures["shared_gap"], unshared)
-    if moved.shape[-1] != 2:
-        del figures["cosine_spread"]
     return figures
 
 
@@ -291,7 +320,7 @@ def _numbers(z: Tensor, moved: Tensor, *, shuffled: bool = False) -> Numbers:
         "linear": distance(across_halves(linear_fit(z), u, v), v),
         "moved": distance(u, v),
         "squared": squared_displacements(u, v),
-        "spread": cosine_spread(z, moved, shuffled=shuffled),
+        "cosine_spread": cosine_spread(z, moved, shuffled=shuffled),
         "mrr": mrr,
         "hits_at_1": hits[..., 0],
         "hits_at_5": hits[..., 1],
@@ -299,19 +328,9 @@ def _numbers(z: Tensor, moved: Tensor, *, shuffled: bool = False) -> Numbers:
 
 
 def _spaced(rows: Tensor, most: int) -> Tensor:
-    """Return `most` rows at most, at equal distances."""
-    return rows[..., :: -(-rows.shape[-2] // most), :]
-
-
-def _of_moved(z: Tensor, moved: Tensor) -> Numbers:
-    """Return what has no chance level, for each draw."""
-    ratios, left_out = _mean_of_ratios(z, moved)
-    return {
-        "mean_of_ratios": ratios,
-        "near_identity": left_out,
-        "effective_rank": effective_rank(moved),
-        "mean_norm": mean_norm(moved),
-    }
+    """Return `most` rows at most, at equal distances, of both halves alike."""
+    step = -(-rows.shape[-2] // most)
+    return rows[..., :: step if step == 1 else step | 1, :]
 
 
 def _composed(z: Tensor, a: Tensor, b: Tensor, ab: Tensor, *, shuffled: bool = False) -> Numbers:
@@ -324,12 +343,20 @@ def _composed(z: Tensor, a: Tensor, b: Tensor, ab: Tensor, *, shuffled: bool = F
 
 
 def _angles(z: Tensor, moved: Tensor) -> Numbers:
-    """Return the principal angles of the rotations that fit all rows, `(draws, D // 2)`."""
-    return {"angles": rotation_angles(rotation_fit(True)(*unit_rows(False, z, moved)))}
+    """Return the principal angles of the rotations that fit all rows, `(draws, D // 2)`.
+
+    They are NaN where fits cannot tell, and where a reflection fits much better than any rotation.
+    """
+    u, v = unit_rows(False, z, moved)
+    rotation, reflection = (rotation_fit(special)(u, v) for special in (True, False))
+    lost = distance(u @ rotation, v).square() - distance(u @ reflection, v).square()
+    unknown = (lost > 0.1 * distance(u, v).square()) | (u.shape[-2] < 2 * u.shape[-1])
+    angles = rotation_angles(rotation)
+    return {"angles": angles.masked_fill(unknown.unsqueeze(-1), torch.nan)}
 
 
-def _mean_of_ratios(z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the paper's relative equivariance and the share of pairs left out, `(draws)`."""
+def _mean_of_ratios(z: Tensor, moved: Tensor) -> Numbers:
+    """Return the paper's relative equivariance, and the share of pairs left out, for each draw."""
     u, v = unit_rows(False, *(_spaced(x, PAIRED) for x in (z, moved)))
     rows = (u - v).square().sum(-1)
     # For unit rows this is the change of the squared distance; the diagonal is left out below.
@@ -339,7 +366,7 @@ def _mean_of_ratios(z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
     kept = (together > STILL * together[..., off].mean(-1)[..., None, None]) & off
     ratios = torch.where(kept, change / together, 0).square()
     pairs = kept.sum((-2, -1))
-    return ratios.sum((-2, -1)) / pairs, 1 - pairs / off.sum()
+    return {"ratios": ratios.sum((-2, -1)) / pairs, "left out": 1 - pairs / off.sum()}
 
 
 def _mean(values: Tensor, shuffled: Tensor | None = None) -> Estimate:
@@ -363,11 +390,17 @@ def _quotient(top: Estimate, bottom: Estimate) -> Estimate:
 
 
 def _share(error: Tensor, moved: Tensor, chance: Tensor, chance_moved: Tensor) -> Estimate:
-    """Return the share of the displacement that is explained; NaN if an encoder is invariant."""
-    if moved.mean() < INVARIANT * chance_moved.mean():
-        return Estimate(math.nan, math.nan)
+    """Return the share of the displacement that is explained; NaN where nothing moves."""
     rest = _ratio(*(x.square() for x in (error, moved, chance, chance_moved)))
+    if moved.mean() < INVARIANT * chance_moved.mean():
+        return UNKNOWN
     return Estimate(1 - rest.mean, rest.error, 1 - rest.shuffled)
+
+
+def _above_chance(share: Estimate) -> Estimate:
+    """Return the share in units of what chance leaves: 0 for shuffled rows, 1 for a rotation."""
+    left = 1 - share.shuffled
+    return Estimate(1 - (1 - share.mean) / left, share.error / left) if left else UNKNOWN
 
 
 def _standard_error(values: Tensor) -> float:

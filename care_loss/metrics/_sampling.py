@@ -21,12 +21,14 @@ PROBED = 8  # images on which a transformation is tried before any work
 
 
 class Samples(NamedTuple):
-    """Embeddings under one transformation, by output of the encoder."""
+    """Embeddings under one transformation, by output of the encoder, and what its draws did."""
 
     clean: dict[str, Tensor]  # (n, D)
-    shared: dict[str, Tensor]  # (draws, n, D); one draw if the transformation is fixed
-    own: dict[str, Tensor]  # (own draws, n, D), one draw for each image; empty if fixed
+    shared: dict[str, Tensor]  # (draws, n, D); one draw if all are equal
+    own: dict[str, Tensor]  # (own draws, n, D), one draw for each image; empty if all are equal
     twice: dict[str, Tensor]  # (pairs of draws, n, D), f(b(a(x))); empty if it changes the size
+    acted: Tensor  # whether a draw changed any image, (draws,)
+    differ: Tensor  # whether the two draws of a pair made different images, (pairs of draws,)
 
 
 def sample(
@@ -44,141 +46,177 @@ def sample(
 
     A draw is the same for every batch, and whatever the batch size and the other transformations.
     """
-    batches, count = _batches(images, batch_size)
-    try:
-        first = _checks.batch(next(batches))
-    except StopIteration:
-        first = torch.empty(0, 1)
-    _checks.images_to_report(first)
-    device = device or _device(encoder) or first.device
-    probe = first[:PROBED].to(device)
-    plans = {
-        name: _plan(name, transform, probe, _seeds(seed, name, samples))
-        for name, transform in transformations.items()
-    }
-    forwards = 1 + sum(len(plan.seeds) + len(plan.pairs) + plan.own for plan in plans.values())
-    store: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
-    done = 0
-    with _evaluating(encoder), torch.no_grad(), _bar(progress, count, forwards) as advance:
-        for batch in chain([first], batches):
-            x = _checks.batch(batch).to(device)
-            views = chain([(("clean",), x)], _views(x, transformations, plans, seed, done))
-            for key, view in views:
-                output = _checks.encoder_outputs(encoder(view), len(x), key)
-                # Half types become float32 without loss; on a CPU there is float64 to measure in.
-                kept = {k: z.float() if z.itemsize < 4 else z for k, z in output.items()}
-                store.setdefault(key, []).append({k: z.cpu() for k, z in kept.items()})
+    with _draws.kept(), _evaluating(encoder), torch.no_grad():
+        _draws.seed(seed % 2**32)  # the order of a loader that shuffles
+        count, batches = _batches(images, batch_size)
+        first = _checks.images_to_report(next(batches, None))
+        device = device or _device(encoder) or first.device
+        drawn = [
+            _Drawn(name, transform, first[:PROBED].to(device), seed, samples)
+            for name, transform in transformations.items()
+        ]
+        embed = _Embedder(encoder)
+        embed.check(first.to(device))
+        done = 0
+        with _bar(progress, count, 1 + sum(one.forwards for one in drawn)) as advance:
+            for batch in chain([first], batches):
+                x = _checks.batch(batch).to(device)
+                embed(None, "clean", 0, x)
                 advance()
-            done += len(x)
+                for one in drawn:
+                    for kind, k, view in one.views(x, done):
+                        embed(one.name, kind, k, view)
+                        advance()
+                done += len(x)
     _checks.enough_images(done)
-    return {name: _collect(store, name) for name in plans}
+    return {one.name: one.collect(embed) for one in drawn}
 
 
-class _Plan(NamedTuple):
-    """How a transformation is drawn: the seeds of its draws, pairs of them that are composed."""
+class _Embedder:
+    """The encoder, and what it has returned so far."""
 
-    seeds: list[int]
-    pairs: list[tuple[int, int]]
-    own: int
+    def __init__(self, encoder: Callable[[Tensor], Any]) -> None:
+        self.encoder = encoder
+        self.store: dict[tuple[str | None, str, int], list[dict[str, Tensor]]] = {}
 
+    def outputs(self, name: str | None, view: Tensor) -> dict[str, Tensor]:
+        """Return the embeddings of a view by output, on the CPU."""
+        # A clone, for encoders that work in place.
+        found = _checks.encoder_outputs(self.encoder(view.clone()), len(view), name)
+        # Half types become float32 without loss; on a CPU there is float64 to measure in.
+        return {k: (z.float() if z.itemsize < 4 else z).cpu() for k, z in found.items()}
 
-def _plan(name: str, transform: Transform, probe: Tensor, seeds: list[int]) -> _Plan:
-    """Try a transformation on a few images, and tell whether it is fixed and composes."""
-    copies = probe.repeat_interleave(4, 0)
-    try:
-        view = _replay(name, transform, copies, seeds[0])
-        again = _replay(name, transform, copies, seeds[0])
-        single = _replay(name, transform, probe[:1], seeds[0])
-    except Exception as error:
-        _checks.failed(name, error)
-        raise
-    _checks.finite_images(name, view)
-    groups = view.unflatten(0, (len(probe), 4))
-    within = _draws.differ(groups, groups[:, :1].expand_as(groups))
-    _checks.repeatable(name, within, _draws.differ(view, again), _draws.differ(view[:1], single))
-    views = [_replay(name, transform, probe, value) for value in seeds]
-    if all(torch.equal(other, views[0]) for other in views[1:]):
-        seeds = seeds[:1]
-    numbers = list(range(len(seeds)))
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=False)) or [(0, 0)]
-    same_size = views[0].shape == probe.shape
-    return _Plan(seeds, pairs if same_size else [], OWN_DRAWS if len(seeds) > 1 else 0)
+    def check(self, images: Tensor) -> None:
+        """Check that an embedding depends on its image alone."""
+        if len(images) > 1:
+            whole = self.outputs(None, images)
+            halves = [self.outputs(None, part) for part in images.chunk(2)]
+            for output, z in whole.items():
+                _checks.alone(z, torch.cat([half[output] for half in halves]))
 
+    def __call__(self, name: str | None, kind: str, k: int, view: Tensor) -> None:
+        self.store.setdefault((name, kind, k), []).append(self.outputs(name, view))
 
-def _views(
-    x: Tensor,
-    transformations: Mapping[str, Transform],
-    plans: dict[str, _Plan],
-    seed: int,
-    done: int,
-) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Yield the views of a batch, which follows `done` images; two draws at once are held."""
-    for name, transform in transformations.items():
-        plan = plans[name]
-        second = dict(plan.pairs)
-        for k, value in enumerate(plan.seeds):
-            view = _replay(name, transform, x, value)
-            yield (name, "shared", k), view
-            if k in second:
-                view = _replay(name, transform, view, plan.seeds[second[k]])
-                yield (name, "twice", k), view
-        for k in range(plan.own):
-            yield (name, "own", k), _own(name, transform, x, f"{seed} {name} own {k}", done)
+    def stacked(self, name: str | None, kind: str) -> dict[str, Tensor]:
+        """Join the batches of each draw, and the draws, `(draws, n, D)`."""
+        keys = sorted(k for k in self.store if k[:2] == (name, kind))
+        outputs = self.store[keys[0]][0] if keys else ()
+        return {
+            output: torch.stack([torch.cat([b[output] for b in self.store[key]]) for key in keys])
+            for output in outputs
+        }
 
 
-def _replay(name: str, transform: Transform, images: Tensor, seed: int) -> Tensor:
-    """Transform images with the draw of a seed, and leave the generators as they were."""
-    with _draws.kept(images.device):
-        _draws.seed(seed, images.device)
-        # A clone, for transforms that work in place, or return their input.
-        return _checks.transformed_images(name, transform(images.clone()), len(images))
+class _Drawn:
+    """A transformation with the seeds of its draws, and what these have done to the images."""
+
+    def __init__(
+        self, name: str, transform: Transform, probe: Tensor, seed: int, samples: int
+    ) -> None:
+        self.name, self.transform, self.seed = name, transform, seed
+        self.seeds = [_seed(f"{seed} {name} {k}") for k in range(samples)]
+        self.own = OWN_DRAWS
+        self._try(probe)
+        self.acted = [False] * len(self.seeds)
+        self.new = [False] * len(self.seeds)  # whether a draw was unlike the first
+        self.differ = [False] * max(1, len(self.seeds) // 2)
+        self.forwards = len(self.seeds) + self.own + len(self.differ) * self.composes
+
+    def _try(self, probe: Tensor) -> None:
+        """Try the transformation on copies of a few images, before any work."""
+        copies = probe.repeat_interleave(4, 0)
+        view = self._replay(copies, self.seeds[0])
+        _checks.finite_images(self.name, view)
+        groups = view.unflatten(0, (len(probe), 4))
+        within = _draws.differ(groups, groups[:, :1].expand_as(groups))
+        again = _draws.differ(view, self._replay(copies, self.seeds[0]))
+        single = self._replay(probe[:1], self.seeds[0])
+        _checks.repeatable(self.name, within, again, _draws.differ(view[:1], single))
+        self.composes = view.shape[1:] == probe.shape[1:]
+        with _draws.kept(probe.device), self._named():
+            before = _draws.states()
+            self.transform(probe.clone())
+            drew = not _draws.same(before, _draws.states())
+        views = [self._replay(probe, value) for value in self.seeds]
+        if not drew and all(torch.equal(other, views[0]) for other in views[1:]):
+            self.seeds, self.own = self.seeds[:1], 0
+
+    def views(self, x: Tensor, done: int) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield the views of a batch that follows `done` images; some draws at once are held."""
+        first = last = x
+        for k, value in enumerate(self.seeds):
+            view = self._replay(x, value)
+            first = first if k else view
+            self.acted[k] |= not torch.equal(view, x)
+            self.new[k] |= not torch.equal(view, first)
+            if k % 2:
+                self.differ[k // 2] |= not torch.equal(view, last)
+            last = view
+            yield "shared", k, view
+            second = min(k + 1, len(self.seeds) - 1)
+            if self.composes and k % 2 == 0 and k // 2 < len(self.differ):
+                yield "twice", k, self._replay(view, self.seeds[second])
+        for k in range(self.own):
+            yield "own", k, self._own(x, k, done)
+
+    def collect(self, embed: _Embedder) -> Samples:
+        """Return the embeddings of the draws."""
+        clean = {output: z[0] for output, z in embed.stacked(None, "clean").items()}
+        shared, own, twice = (embed.stacked(self.name, k) for k in ("shared", "own", "twice"))
+        acted, differ = torch.tensor(self.acted), torch.tensor(self.differ)
+        if any(self.new):
+            return Samples(clean, shared, own, twice, acted, differ)
+        # All draws are equal on all images: one of them has everything, and none has a control.
+        shared, twice = ({k: z[:1] for k, z in part.items()} for part in (shared, twice))
+        return Samples(clean, shared, {}, twice, acted[:1], differ[:1])
+
+    def _replay(self, images: Tensor, seed: int) -> Tensor:
+        """Transform images with the draw of a seed, and leave the generators as they were."""
+        with _draws.kept(images.device), self._named():
+            _draws.seed(seed, images.device)
+            # A clone, for transforms that work in place, or return their input.
+            return _checks.transformed_images(self.name, self.transform(images.clone()), images)
+
+    def _own(self, images: Tensor, k: int, done: int) -> Tensor:
+        """Transform each image with a draw of its own, which depends on its number in the pass."""
+        views = []
+        with _draws.kept(images.device), self._named():
+            for number, image in enumerate(images.clone().split(1), done):
+                _draws.seed(_seed(f"{self.seed} {self.name} own {k} {number}"), images.device)
+                views.append(_checks.transformed_images(self.name, self.transform(image), image))
+            return torch.cat(views)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the transformation in what it raises."""
+        try:
+            yield
+        except Exception as error:
+            _checks.failed(self.name, error)
+            raise
 
 
-def _own(name: str, transform: Transform, images: Tensor, stream: str, done: int) -> Tensor:
-    """Transform each image with a draw of its own, which depends on its number in the pass."""
-    views = []
-    with _draws.kept(images.device):
-        for number, image in enumerate(images.clone().split(1), done):
-            _draws.seed(random.Random(f"{stream} {number}").getrandbits(32), images.device)
-            views.append(_checks.transformed_images(name, transform(image), 1))
-    return torch.cat(views)
+def _seed(stream: str) -> int:
+    return random.Random(stream).getrandbits(32)
 
 
-def _seeds(seed: int, name: str, samples: int) -> list[int]:
-    return [random.Random(f"{seed} {name} {k}").getrandbits(32) for k in range(samples)]
-
-
-def _collect(store: dict[tuple[Any, ...], list[dict[str, Tensor]]], name: str) -> Samples:
-    """Join the batches of each draw, and the draws of each kind."""
-    joined = {
-        key: {output: torch.cat([part[output] for part in parts]) for output in parts[0]}
-        for key, parts in store.items()
-        if key[0] in ("clean", name)
-    }
-    clean = joined[("clean",)]
-    kinds = []
-    for kind in ("shared", "own", "twice"):
-        draws = [joined[key] for key in sorted(k for k in joined if k[1:2] == (kind,))]
-        stacked = {output: torch.stack([d[output] for d in draws]) for output in clean if draws}
-        kinds.append(stacked)
-    return Samples(clean, *kinds)
-
-
-def _batches(images: Any, batch_size: int) -> tuple[Iterator[Any], int | None]:
-    """Return batches of images and, where it is known, their number."""
+def _batches(images: Any, batch_size: int) -> tuple[int | None, Iterator[Any]]:
+    """Return the number of batches of images, where it is known, and the batches."""
     if isinstance(images, Tensor):
-        return iter(images.split(batch_size)), -(-len(images) // batch_size)
+        return -(-len(images) // batch_size), iter(images.split(batch_size))
     _checks.loader(images, isinstance(images, DataLoader))
     try:
-        return iter(images), len(images)
+        count = len(images)
     except TypeError:  # of a dataset without a length
-        return iter(images), None
+        count = None
+    return count, iter(images)
 
 
 def _module(encoder: Any) -> nn.Module | None:
-    """Return the module behind an encoder: itself, or the one that a bound method belongs to."""
+    """Return the module behind an encoder: itself, or the one that a method or partial is of."""
     while isinstance(encoder, functools.partial):
-        encoder = encoder.func
+        given = (*encoder.args, *encoder.keywords.values())
+        encoder = next((x for x in given if isinstance(x, nn.Module)), encoder.func)
     encoder = getattr(encoder, "__self__", encoder)
     return encoder if isinstance(encoder, nn.Module) else None
 

@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
     shuffled: float = math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReportRow:
     """What is known of one transformation, for one output of the encoder.
 
@@ -56,6 +56,7 @@ COLUMNS = {
     "shared_gap": "shared gap",
     "unshared_gap": "unshared gap",
     "rotation_share": "rotation share",
+    "share_above_chance": "above chance",
     "linear_share": "linear share",
     "composition_share": "composition share",
     "mrr": "MRR",
@@ -74,7 +75,7 @@ COLUMNS = {
     "mean_norm": "mean norm",
 }
 BLOCKS = (
-    ("gap_ratio", "rotation_share", "linear_share", "composition_share"),
+    ("gap_ratio", "rotation_share", "share_above_chance", "linear_share", "composition_share"),
     ("shared_gap", "unshared_gap", "mrr", "hits_at_1", "hits_at_5"),
     ("wahba_error", "invariance_error", "composition_error", "composition_from_direct", "angle"),
     ("relative_equivariance", "mean_of_ratios", "near_identity", "effective_rank", "mean_norm"),
@@ -82,7 +83,7 @@ BLOCKS = (
 )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class EquivarianceReport:
     """The rows of :func:`equivariance_report`; it prints as tables.
 
@@ -151,8 +152,12 @@ class EquivarianceReport:
                 title, shown = "", {}
 
     def _notes(self) -> list[str]:
-        notes = [f"{r.transformation}: {w}" for r in self.rows for w in r.warnings]
-        return list(dict.fromkeys(notes))
+        several = len({r.output for r in self.rows}) > 1
+        return [
+            f"{r.transformation}, {r.against}{several * f', {r.output}'}: {warning}"
+            for r in self.rows
+            for warning in r.warnings
+        ]
 
     def __str__(self) -> str:
         text = [f"Equivariance of embeddings of {self.images} images"]

@@ -75,12 +75,13 @@ CONTROLS = {
     "CARE, uniformity": "placebo, uniformity",
 }
 GAP = ["verdict", "gap ratio", "±", "shared hues", "own hues"]
-ROTATIONS = ["rotation share", "linear share", "composition", "hue error"]
+ROTATIONS = ["rotation share", "above chance", "linear share", "composition", "hue error"]
 REPRESENTATION = ["multiplicities", "deviation"]
 COLOUR = ["kNN", "hue kNN", "same hue", "same hue, turned"]
 EMBEDDING = ["effective rank", "mean norm", "s per step"]
 ORDINARY = ["transformation", "verdict", "gap_ratio", "gap_ratio_standard_error"]
-ORDINARY += ["rotation_share", "linear_share", "invariance_error", "invariance_error_shuffled"]
+ORDINARY += ["rotation_share", "share_above_chance", "linear_share"]
+ORDINARY += ["invariance_error", "invariance_error_shuffled"]
 COMPARED = ["SimCLR with hue", "SimCLR without hue", "CARE, four forwards", "CARE, three forwards"]
 GREY, COLOURS = "#8a8f98", {"CARE, three forwards": "#14746f", "CARE, uniformity": "#36a39a"}
 COLOURS |= {"placebo, three forwards": "#d97706", "placebo, uniformity": "#d97706"}
@@ -379,6 +380,7 @@ def table(results: dict[str, Measures], seconds: dict[str, float]) -> list[dict[
                 "shared hues": number(figures["shared_gap"], ".1e"),
                 "own hues": number(figures["unshared_gap"], ".1e"),
                 "rotation share": number(figures["rotation_share"]),
+                "above chance": number(figures["share_above_chance"]),
                 "linear share": number(figures["linear_share"]),
                 "composition": number(figures["composition_share"]),
                 "hue error": f"{m.hue_error:.1f}",
