@@ -28,7 +28,7 @@ from care_loss.rotation import rotation_angles
 
 Numbers = dict[str, Tensor]  # by name, one for each draw
 HELD = 2**20  # how many numbers the embeddings of draws that are measured at once may have
-CHANCE_DRAWS = 16  # of which the chance level is the mean
+FEW_DRAWS = 16  # of which the chance level is the mean, and the angles are given
 RETRIEVED = 1024  # images among which a transformed image is looked for, at most
 PAIRED = 256  # images of which the paper's mean of ratios takes all pairs, at most
 UNKNOWN = Estimate(math.nan, math.nan)
@@ -126,7 +126,8 @@ def equivariance_report(
           pairs of 256 images at most; `near_identity` is the share of pairs that are left out
           because they move by less than 1 % of the mean.
         * `angle`: the largest principal angle, in radians, of the rotation of SO(D) that is fitted
-          to all rows; NaN with fewer than 2 D images, or if a reflection fits much better.
+          to all rows, for the first 16 draws; NaN with fewer than 2 D images, or if a reflection
+          fits much better.
 
     Raises:
         TypeError, ValueError: if an argument is not as described; if a transformation draws for
@@ -210,7 +211,7 @@ def _row(
         )
     if "gap_ratio" not in figures:
         warnings.append("all draws are equal: there is no unshared control.")
-    angles = _by_draws(_angles, z, moved)["angles"]
+    angles = _by_draws(_angles, *_few(z, moved))["angles"]
     if d > 1:
         figures["angle"] = _mean(angles[:, 0])
     shown = {key: figures[key] for key in COLUMNS if key in figures}
@@ -305,8 +306,8 @@ def _by_draws(measure: Callable[..., Numbers], *embeddings: Tensor) -> Numbers:
 
 
 def _few(*embeddings: Tensor) -> list[Tensor]:
-    """Return the draws that the chance level is measured for."""
-    return [z if z.ndim == 2 else z[:CHANCE_DRAWS] for z in embeddings]
+    """Return the first draws, for what need not be known of each."""
+    return [z if z.ndim == 2 else z[:FEW_DRAWS] for z in embeddings]
 
 
 def _numbers(z: Tensor, moved: Tensor, *, shuffled: bool = False) -> Numbers:

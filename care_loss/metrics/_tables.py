@@ -35,7 +35,7 @@ class ReportRow:
         warnings: What limits the figures.
         figures: An :class:`Estimate` for each name of a figure.
         angles: The principal angles of the rotations of SO(D) that are fitted to all rows, in
-            radians, `(draws, D // 2)`.
+            radians, for the first 16 draws, `(min(draws, 16), D // 2)`.
     """
 
     transformation: str
