@@ -47,7 +47,7 @@ test-wheel: wheel  ## test the wheel in an environment of its own
 		| grep site-packages
 	cd build/wheel && venv/bin/python -m pytest $(WHEEL_TESTS:%=tests/test_%.py)
 
-bench: $(VENV)/.bench  ## the losses, rotations, the sphere, and where others fail; make bench ARGS=--quick
+bench: $(VENV)/.bench  ## the losses, rotations, measures, the sphere, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/operations.py $(ARGS)
 	$(RUN) benchmarks/precision.py $(ARGS)
 	$(RUN) benchmarks/contrastive.py $(ARGS)
@@ -56,6 +56,7 @@ bench: $(VENV)/.bench  ## the losses, rotations, the sphere, and where others fa
 	$(RUN) benchmarks/care.py $(ARGS)
 	$(RUN) benchmarks/step.py $(ARGS)
 	$(RUN) benchmarks/chunks.py $(ARGS)
+	$(RUN) benchmarks/metrics.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/procrustes_gradients.py
 	$(RUN) benchmarks/sphere.py $(ARGS)
