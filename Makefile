@@ -8,7 +8,7 @@ RUN = $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= passive
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help demo test test-deep test-wheel format lint wheel bench clean
+.PHONY: help demo test test-deep test-wheel format lint wheel bench bench-cuda clean
 .NOTPARALLEL:
 
 help:  ## print the commands
@@ -60,6 +60,12 @@ bench: $(VENV)/.bench  ## the losses, rotations, measures, the sphere, and where
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/procrustes_gradients.py
 	$(RUN) benchmarks/sphere.py $(ARGS)
+
+# On a machine with a torch of its own: make bench-cuda RUN=python3, and nothing is installed.
+bench-cuda: $(if $(filter command,$(firstword $(origin RUN))),,$(VENV)/.test)  ## with a CUDA GPU, run the tests and the benchmark there; results in build/cuda
+	mkdir -p build/cuda
+	$(RUN) -m pytest --device cuda $(ARGS) 2>&1 | tee build/cuda/tests.txt
+	$(RUN) benchmarks/cuda.py --csv build/cuda/cuda.csv --figure build/cuda/cuda.png
 
 clean:  ## remove everything that these commands have made
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

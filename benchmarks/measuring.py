@@ -100,13 +100,25 @@ def ratio_columns(times: list[float], reference: list[float]) -> Row:
 def provenance(device: str) -> Row:
     git = ["git", "describe", "--always", "--dirty"]
     cuda = device.startswith("cuda")
+    gpu: Row = {"cuda": torch.version.cuda, "driver": driver()} if cuda else {}
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        **gpu,
         "python": platform.python_version(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }
+
+
+def driver() -> str:
+    """Return the version of NVIDIA's driver, or nothing where it cannot be asked for."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True).stdout.split()
+    except FileNotFoundError:
+        answer = []
+    return answer[0] if answer else ""
 
 
 def report(options: argparse.Namespace, rows: Iterable[Row], line: str) -> None:

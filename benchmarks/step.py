@@ -29,12 +29,13 @@ from measuring import (
 from rivals import authors, import_torchvision
 from torch import Tensor, nn
 
-from care_loss import CAREloss
+from care_loss import CAREloss, InfoNCELoss
 
 BATCH, DIM, CHUNKS = 256, 128, 16
 TEMPERATURE, WEIGHT = 0.5, 0.01
 CONTENDERS = {  # the number of forwards
     "lightly": 2,
+    "InfoNCE alone": 2,
     "authors, two forwards": 2,
     "care_loss, two forwards": 2,
     "care_loss, three forwards": 3,
@@ -50,6 +51,8 @@ def losses(contender: str) -> Callable[..., Tensor]:
 
         loss: Callable[..., Tensor] = NTXentLoss(TEMPERATURE)
         return loss
+    if contender == "InfoNCE alone":
+        return InfoNCELoss(TEMPERATURE)
     settings = (TEMPERATURE, WEIGHT, CHUNKS)
     if contender == "authors, two forwards":
         return lambda z1, z2: authors(torch.stack((z1, z2, z1, z2)), *settings)
@@ -62,20 +65,22 @@ def losses(contender: str) -> Callable[..., Tensor]:
     return care
 
 
-def step(contender: str, batch: int, **tensor: Any) -> Callable[[], None]:
+def step(
+    contender: str, batch: int, *, model: str = "resnet18", **tensor: Any
+) -> Callable[[], None]:
     """Return a step of training."""
-    from torchvision.models import resnet18
+    from torchvision import models
 
-    encoder = resnet18(num_classes=512)
+    encoder = getattr(models, model)(num_classes=512)
     head = nn.Sequential(nn.ReLU(), nn.Linear(512, DIM))
-    model = nn.Sequential(encoder, head).to(**tensor)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    network = nn.Sequential(encoder, head).to(**tensor)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     views = torch.randn(CONTENDERS[contender], batch, 3, 32, 32, **tensor)
     loss = losses(contender)
 
     def train() -> None:
         optimizer.zero_grad()
-        loss(*(model(view) for view in views)).backward()
+        loss(*(network(view) for view in views)).backward()
         optimizer.step()
 
     return train

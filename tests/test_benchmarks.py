@@ -144,6 +144,20 @@ def test_a_whole_step_is_timed_with_each_loss(tmp_path, device):
     assert all(float(row["images/s"]) > 0 < float(row["MB"]) for row in found.values())
 
 
+def test_the_benchmark_for_gpus_runs_on_a_cpu(tmp_path):
+    path, figure = tmp_path / "cuda.csv", tmp_path / "cuda.png"
+    run("cuda.py", "--device", "cpu", "--quick", "--csv", str(path), "--figure", str(figure))
+    rows = read(path)
+    sections = {"ceilings", "NT-Xent", "CARE", "equivariance", "nearest_orthogonal"}
+    assert {row["section"] for row in rows} == sections | {"fit_rotation", "few rows", "step"}
+    ours = [row for row in rows if row["contender"] == "care_loss"]
+    assert all(float(row["µs_low"]) <= float(row["µs"]) <= float(row["µs_high"]) for row in ours)
+    errors = [row for row in ours if row["section"] in ("NT-Xent", "CARE", "equivariance")]
+    assert len(errors) == 5
+    assert all(float(row["error"]) < 1e-5 > float(row["gradient error"]) / 1000 for row in errors)
+    assert figure.stat().st_size > 10_000
+
+
 def test_the_figure_is_drawn_from_the_results(tmp_path):
     figure, table = tmp_path / "speed.png", tmp_path / "growth.csv"
     run("figures.py", "--figure", str(figure), "--csv", str(table))

@@ -199,6 +199,30 @@ def test_measures_are_float64_without_gradient_and_ignore_lengths(name):
     assert PAIRS[name](z.bfloat16(), moved.bfloat16()).dtype == FLOAT64
 
 
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(("n", "d"), [(40, 4), (20, 16)])
+def test_measures_of_embeddings_on_a_device_are_those_on_the_cpu(name, n, d, device):
+    z, moved = planted(n, d, 0.3, 0)
+    for shuffled in (False, True):
+        expected = PAIRS[name](z, moved, shuffled=shuffled)
+        found = PAIRS[name](z.to(device), moved.to(device), shuffled=shuffled)
+        assert found.device.type == device.type
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_other_measures_on_a_device_are_those_on_the_cpu(device):
+    views = normal(4, 40, 4)
+    found = metrics.composition_error(*views.to(device))
+    close(found.cpu(), metrics.composition_error(*views), 1e-6)
+    for measure in (metrics.effective_rank, metrics.mean_norm):
+        close(measure(views.to(device)).cpu(), measure(views))
+    theta = 2 * math.pi / 12 * torch.arange(12, dtype=FLOAT64)
+    turns = representation([1, 2], 1, theta)
+    found = metrics.frequencies(turns.to(device), theta.to(device))
+    assert found.multiplicity.device.type == found.deviation.device.type == device.type
+    close(found.multiplicity.cpu(), metrics.frequencies(turns, theta).multiplicity)
+
+
 @pytest.mark.parametrize("n", [16, 64, 257, 1024, 4096])
 def test_unrelated_embeddings_are_at_chance_level(n):
     # Of 8 pairs, so that the spread of a pair of 16 rows is not what is tested.

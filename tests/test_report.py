@@ -318,6 +318,28 @@ def test_a_loader_gives_one_report_and_leaves_the_generators(options):
         assert str(first) == str(quiet(nn.Identity(), images, {"turn": turn}, samples=4))
 
 
+def test_images_and_encoders_on_a_device_are_reported_from_there(device):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4, dtype=FLOAT64)
+    expected = quiet(net, points(40, 4), {"turn": turn}, samples=4).row("turn").figures
+
+    def turn_there(x):  # drawn on the CPU, so that it is the same turn
+        return x @ random_orthogonal(4, special=True, dtype=FLOAT64).to(x.device)
+
+    for images in (points(40, 4), points(40, 4).to(device)):
+        found = quiet(net.to(device), images, {"turn": turn_there}, samples=4).row("turn").figures
+        for name, estimate in found.items():
+            assert estimate.mean == pytest.approx(
+                expected[name].mean, rel=1e-6, abs=1e-9, nan_ok=True
+            )
+
+    def drawn_there(x):
+        return x * (1 + torch.rand((), device=x.device, dtype=x.dtype))
+
+    report = quiet(net, points(40, 4).to(device), {"scale": drawn_there}, samples=4)
+    assert report.row("scale").draws == 4
+
+
 def test_transforms_of_torchvision_are_measured(torchvision):
     v2 = torchvision.transforms.v2
     images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -63,11 +63,12 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
         Serre, Linear Representations of Finite Groups, 1977, section 2.3, for the characters.
     """
     _checks.circle(rotations, angles)
-    r, theta = exact(rotations.detach()), exact(angles.detach())
+    # Eigenvalues of matrices without symmetry are not computed on every device.
+    r, theta = exact(rotations.detach().cpu()), exact(angles.detach().cpu())
     t, d, _ = r.shape
     if _checks.boolean("shuffled", shuffled):
-        r = r[permutation(t).to(r.device)]
-    k = torch.arange(t // 2 + 1, device=r.device)
+        r = r[permutation(t)]
+    k = torch.arange(t // 2 + 1, device="cpu")
     waves = torch.cos(theta.unsqueeze(-1) * k)
     # The squares of a wave sum to T / 2, but to more for frequency 0 and for T / 2. If the angles
     # lie between the extremes of the latter wave, it is 0 and shows nothing.
@@ -82,7 +83,9 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
     found = torch.linalg.eigvals(r).angle().sort().values
     # On a circle, the best assignment of sorted points is one of the cyclic shifts.
     distances = [_wrap(found - wanted.roll(shift, -1)).abs().mean(-1) for shift in range(d)]
-    return Frequencies(multiplicity, torch.stack(distances).amin(0).mean())
+    deviation = torch.stack(distances).amin(0).mean()
+    dtype = exact(rotations[:0]).dtype
+    return Frequencies(*(x.to(rotations.device, dtype) for x in (multiplicity, deviation)))
 
 
 def _nearest_counts(multiplicity: Tensor, d: int) -> Tensor:
