@@ -116,13 +116,15 @@ def relative(found: Tensor, wanted: Tensor) -> str:
 
 
 def row(call: Call, floor: float, device: str) -> Row:
-    """Return the times and the memory of a call, or that the memory does not suffice."""
+    """Return the times and the memory of a call, or why there are none."""
     try:
         memory = megabytes(call, device)
         seconds = times(call, device)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return {"µs": "out of memory"}
+    except Exception as error:  # of a rival, at one size: the run goes on
+        return {"µs": f"failed with {type(error).__name__}"}
     low, middle, high = (1e6 * q for q in statistics.quantiles(seconds, n=4))
     return {
         "µs": f"{middle:.1f}",
@@ -202,10 +204,22 @@ def nt_xent(ceilings: Ceilings, device: str, quick: bool) -> Iterator[Row]:
         from lightly.loss import NTXentLoss
 
         losses["lightly"] = NTXentLoss(TEMPERATURE)
+    if importlib.util.find_spec("memeff"):
+        from memeff import MemoryEfficientQwen3Loss
+
+        # Each view in turn is the query; a margin of 2 masks nothing. Its error tells whether it is
+        # NT-Xent.
+        half = MemoryEfficientQwen3Loss(temperature=TEMPERATURE, margin=2.0, use_qq_negatives=True)
+        losses["memeff"] = lambda z1, z2: (half(z1, z2) + half(z2, z1)) / 2
     if importlib.util.find_spec("inf_cl"):
         from inf_cl import cal_inf_loss
 
-        losses["inf-cl"] = lambda z1, z2: cal_inf_loss(z1, z2, scale=1 / TEMPERATURE)
+        def one_side(z1: Tensor, z2: Tensor) -> Tensor:
+            u, v = (torch.nn.functional.normalize(z, dim=-1) for z in (z1, z2))
+            loss: Tensor = cal_inf_loss(u / TEMPERATURE, v, head_dim=min(z1.shape[1], 256))
+            return loss
+
+        losses["inf-cl (one side of CLIP, another loss)"] = one_side
     for n in ROWS[: 1 if quick else None]:
         for d in DIMENSIONS[: 1 if quick else None]:
             for precision in PRECISIONS:
