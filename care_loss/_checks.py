@@ -220,13 +220,18 @@ def images(value: Any) -> None:
 
 
 def samples(batch: Any) -> None:
-    """Require samples (image, label), enough of them to be cut into chunks."""
+    """Require samples (image, label, ...), enough of them to be cut into chunks."""
     for sample in batch:
-        if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        if not isinstance(sample, (tuple, list)) or len(sample) < 2:
             raise ValueError(
-                f"a dataset must yield pairs (image, label), got {_kind(sample)}: if there are no "
-                "labels, yield (image, 0)."
+                f"a dataset must yield tuples (image, label, ...), got {_kind(sample)}: if there "
+                "are no labels, yield (image, 0)."
             )
+    if len({len(sample) for sample in batch}) > 1:
+        raise ValueError(
+            "the samples of a batch must have equally many parts, got "
+            f"{sorted({len(sample) for sample in batch})}: yield the same parts for every image."
+        )
     if len(batch) < 2:
         raise ValueError(
             f"a batch must contain at least 2 samples, got {len(batch)}: an augmentation is shared "

@@ -181,14 +181,17 @@ class SharedAugmentCollate:
         self.transforms = _checks.transforms("transform", transform)
         self.ordinary = None if ordinary is None else _checks.transforms("ordinary", ordinary)
 
-    def __call__(self, batch: Sequence[tuple[Any, Any]]) -> tuple[tuple[Any, ...], Any]:
+    def __call__(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
         """Collate samples `(image, label)` into `(views, labels)`.
+
+        Whatever else the samples hold is collated too: `(image, label, name)` become `(views,
+        labels, names)`.
 
         The views are in the order of the loss's arguments: the two ordinary ones if `ordinary` was
         given, the two shared ones, and the number of chunks.
         """
         _checks.samples(batch)
-        images, labels = zip(*batch, strict=True)
+        images, *others = zip(*batch, strict=True)
         views = []
         if self.ordinary is not None:
             for transform in self.ordinary:
@@ -200,7 +203,7 @@ class SharedAugmentCollate:
             for rows, seed in zip(members, seeds, strict=True):
                 outputs += _replay(transform, [images[row] for row in rows.tolist()], seed)
             views.append(_stack(outputs))
-        return (*views, len(members)), default_collate(list(labels))
+        return (*views, len(members)), *(default_collate(list(values)) for values in others)
 
 
 def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bool = True) -> None:

@@ -292,8 +292,9 @@ def test_bad_batches_of_images():
 def test_bad_samples():
     collate = SharedAugmentCollate(nothing, chunks=2)
     assert_refused(lambda: collate([(Z[0], 0)]), "at least 2 samples, got 1")
-    for sample in (Z[0], Z[:2], (Z[0],), (Z[0], 0, 1), {"image": Z[0], "label": 0}):
-        assert_refused(lambda s=sample: collate([s, s]), "pairs (image, label), got ")
+    for sample in (Z[0], Z[:2], (Z[0],), {"image": Z[0], "label": 0}):
+        assert_refused(lambda s=sample: collate([s, s]), "tuples (image, label, ...), got ")
+    assert_refused(lambda: collate([(Z[0], 0), (Z[1], 0, "a")]), "equally many parts, got [2, 3]")
     for transform in (lambda x: [x, x], lambda x: x.numpy()):
         for broken in (
             SharedAugmentCollate(transform, chunks=2),

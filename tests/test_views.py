@@ -289,3 +289,11 @@ def test_a_private_generator_that_is_seeded_from_random_is_accepted():
         return image * private.random()
 
     assert_shared(transform, torch.rand(3, 8, 8), batched=False)
+
+
+def test_whatever_else_samples_hold_is_collated_too():
+    batch = [(torch.rand(3), k, f"image {k}", {"id": k}) for k in range(4)]
+    views, labels, names, more = SharedAugmentCollate(brightness, chunks=2)(batch)
+    assert len(views) == 3
+    assert labels.tolist() == more["id"].tolist() == [0, 1, 2, 3]
+    assert list(names) == ["image 0", "image 1", "image 2", "image 3"]
