@@ -27,22 +27,27 @@ def dtype(request):
     return getattr(torch, request.config.getoption("--dtype"))
 
 
-@pytest.fixture(scope="session")
-def torchvision():
-    """The module torchvision, with its transforms."""
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
+def load_torchvision():
+    """Import torchvision with its transforms, its CUDA build beside a CPU build of torch too."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
-        # Its CUDA build looks for two operators that a CPU build of torch lacks (pytorch/vision
-        # #9077). Declaring them, for as long as the process lives, is enough to import it.
+        # It looks for two operators that a CPU build of torch lacks (pytorch/vision #9077).
+        # Declaring them, for as long as the process lives, is enough to import it.
         global operators
         operators = torch.library.Library("torchvision", "DEF")
         operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     importlib.import_module("torchvision.transforms.v2")
     return importlib.import_module("torchvision")
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """The module torchvision, with its transforms."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    return load_torchvision()
 
 
 @pytest.fixture(scope="session")
