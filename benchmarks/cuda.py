@@ -6,9 +6,10 @@
 Each row has the median and the quartiles of times that CUDA events measured, the ratio to a floor,
 the memory at the peak, and the relative errors of the loss and of its gradient. Rows of fits have
 how much the objective falls short of the best, and the deviation from orthogonality in units of
-eps sqrt(D). A floor is arithmetic at the rates that this run measured: NT-Xent of M rows takes no
-less than 5 M² D operations, at the rate of matrix products in the precision of the row, and nothing
-takes less than one read of its inputs and one write of its results. A contender that runs out of
+eps sqrt(D). A floor is arithmetic at the rates that this run measured: of NT-Xent of M rows,
+5 M² D operations (those of an algorithm that computes its products again in the backward), at the
+rate of matrix products in the precision of the row, and always at least one read of the inputs and
+one write of the results. A contender that runs out of
 memory has a row that says so, and one that is not installed has none. For D = 128 the losses are
 compiled as well, in the first four minutes of the run.
 """

@@ -50,7 +50,7 @@ def equivariance_report(
     seed: int = 0,
     progress: bool | None = None,
 ) -> EquivarianceReport:
-    r"""Measure how an encoder answers to transformations of its input, with all controls.
+    r"""Measure how embeddings change under transformations of the images, with all controls.
 
     Each transformation is drawn `samples` times. A draw is shared by all images, and is the same in
     every batch. As the **unshared control**, it is also drawn for each image by itself, eight
@@ -82,7 +82,7 @@ def equivariance_report(
 
     Args:
         encoder: Maps images `(n, ...)` to embeddings `(n, D)`, or to a pair of features and
-            projections, which are measured both. A module, or a method or `functools.partial` of
+            projections, both of which are measured. A module, or a method or `functools.partial` of
             one, is brought into eval mode, and back into its mode afterwards. In other callables
             the modules must be in eval mode: it is an error if an embedding depends on its batch.
         images: Images `(N, ...)` with `N >= 4`, or a `DataLoader` of batches of them, alone or
@@ -97,9 +97,9 @@ def equivariance_report(
         batch_size: How many images are embedded at a time, if `images` is a tensor.
         device: Where the images are moved to; by default the device of the encoder's parameters,
             or, if it has none, that of the images.
-        seed: Determines the draws, together with the name of the transformation. Neither the batch
-            size nor the other transformations change them. The global generators are left as they
-            were.
+        seed: Determines the draws, together with the name of the transformation. The draws do not
+            depend on the batch size or on the other transformations. The global generators are left
+            as they were.
         progress: Show a progress bar, which needs tqdm. By default it is shown in a terminal or
             notebook if tqdm is installed.
 
@@ -109,10 +109,10 @@ def equivariance_report(
         * `gap_ratio`, `shared_gap`, `unshared_gap`: :func:`equivariance_error` under shared and
           unshared draws, and their ratio.
         * `rotation_share`: :func:`rotation_share`, as 1 minus the ratio of the means over draws, so
-          that draws that move nothing do no harm. `share_above_chance`: the same in units of what
-          chance leaves, 0 for shuffled rows and 1 for a rotation; a direction that all embeddings
-          share has a rotation share, but none above chance. `linear_share`: the share of the best
-          linear map by least squares, which need not be a rotation (from 4 D images on).
+          that draws that move nothing do no harm. `share_above_chance`: (share - chance) / (1 -
+          chance), with the share of shuffled rows as chance; a direction that all embeddings have
+          in common gives a rotation share, but none above chance. `linear_share`: the share of the
+          best linear map by least squares, which need not be a rotation (from 4 D images on).
         * `composition_error`, `composition_share`, `composition_from_direct`: the error of
           :func:`composition_error` for two draws in succession, the share of the displacement that
           is explained, and the distance of this prediction from that of the rotation which is
