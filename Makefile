@@ -4,6 +4,8 @@ VENV = .venv
 # Which versions to install; constraints-oldest.txt names the oldest that are supported.
 CONSTRAINTS ?= constraints.txt
 RUN = $(VENV)/bin/python
+# How many processes share the tests.
+PROCESSES ?= 2
 # Threads that wait give up their core: where cores are shared, spinning costs twice the time.
 export OMP_WAIT_POLICY ?= passive
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
@@ -18,7 +20,7 @@ demo: $(VENV)/.examples  ## turn the hue of photographs: train seven arms and pr
 	$(RUN) docs/examples/photos.py $(ARGS)
 
 test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part of them
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses $(PROCESSES) $(ARGS)
 
 test-deep: $(VENV)/.test  ## many more examples for every theorem
 	$(RUN) -m pytest tests/test_theorems.py tests/test_rotation.py tests/test_sphere.py --hypothesis-profile=deep $(ARGS)
@@ -37,15 +39,15 @@ wheel: $(RUN)  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests that know nothing of the checkout, against the wheel in an environment of its own.
-WHEEL_TESTS = functional kernels precision theorems modules recipes views errors sphere rotation metrics report distributed
+WHEEL_TESTS = functional kernels theorems modules recipes views errors sphere rotation metrics report distributed
 test-wheel: wheel  ## test the wheel in an environment of its own
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -r tests pyproject.toml build/wheel
 	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/python $(INSTALL) dist/*.whl pytest hypothesis mpmath numpy
+	build/wheel/venv/bin/python $(INSTALL) dist/*.whl pytest pytest-xdist hypothesis mpmath numpy
 	cd build/wheel && venv/bin/python -c "import care_loss; print(care_loss.__file__)" \
 		| grep site-packages
-	cd build/wheel && venv/bin/python -m pytest $(WHEEL_TESTS:%=tests/test_%.py)
+	cd build/wheel && venv/bin/python -m pytest --numprocesses $(PROCESSES) $(WHEEL_TESTS:%=tests/test_%.py)
 
 bench: $(VENV)/.bench  ## the losses, rotations, measures, the sphere, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/operations.py $(ARGS)

@@ -126,7 +126,7 @@ def test_each_threshold_of_the_verdict(name, inside, outside, word, otherwise):
     assert _report.verdict(figures_with(**{name: outside}), 100, 8) == otherwise
 
 
-def verdict_of(encoder, transform=turn, n=400, d=4, **options):
+def verdict_of(encoder, transform=turn, n=120, d=4, **options):
     report = quiet(encoder, points(n, d), {"t": transform}, samples=6, **options)
     return report.row("t")
 
@@ -194,9 +194,9 @@ def test_an_encoder_just_above_and_just_below_each_share():
     def above_chance(figures):
         return 1 - figures["share_above_chance"].mean  # which grows with the clutter
 
-    found = crossing(Cluttered, above_chance, 0.1, 0.0, 0.5)
+    found = crossing(Cluttered, above_chance, 0.1, 0.0, 0.5, n=260)
     assert found == ["equivariant", "partly equivariant"]
-    found = crossing(Cluttered, above_chance, 0.5, 0.0, 0.7)
+    found = crossing(Cluttered, above_chance, 0.5, 0.0, 0.7, n=260)
     assert found == ["partly equivariant", "not equivariant"]
 
 
