@@ -14,8 +14,8 @@ Three things make an encoder look equivariant that is not, and each has its reme
 * Every measure has a value that unrelated embeddings reach. With **shuffled=True** it returns this
   chance level: the rows of `z` are paired with others, in an order that depends on N alone.
 * If each image is transformed by itself, so that no rotation is shared, a rotation can still
-  explain much. :func:`equivariance_report` measures this **unshared** control, and its headline is
-  the gap ratio of the two.
+  explain much. :func:`equivariance_report` measures this **unshared** control, and its main figure
+  is the gap ratio of the two.
 """
 
 from care_loss.metrics._frequencies import Frequencies, frequencies

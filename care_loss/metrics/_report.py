@@ -54,8 +54,8 @@ def equivariance_report(
 
     Each transformation is drawn `samples` times. A draw is shared by all images, and is the same in
     every batch. As the **unshared control**, it is also drawn for each image by itself, eight
-    times. The headline is the **gap ratio**: the equivariance error under shared draws, divided by
-    that under unshared ones. It is near 0 if a draw acts on all embeddings as one rotation, and
+    times. The main figure is the **gap ratio**: the equivariance error under shared draws, divided
+    by that under unshared ones. It is near 0 if a draw acts on all embeddings as one rotation, and
     near 1 if sharing makes no difference. For an invariant encoder both errors are small and their
     ratio is unstable, so both are reported.
 
