@@ -600,6 +600,15 @@ def test_the_figures_are_the_measures_of_the_draws():
     assert metrics.wahba_error(images, own, held_out=False).min() > 0.3
 
 
+def test_the_mean_of_ratios_leaves_out_pairs_near_the_identity_and_counts_them():
+    z = normalize(points(40, 3))
+    moved = z.clone()
+    moved[20:] = normalize(z[20:] + 0.5 * points(20, 3, 1))  # half of the rows stay
+    found = _report._mean_of_ratios(z, moved.unsqueeze(0))
+    assert found["left out"].item() == pytest.approx(20 * 19 / (40 * 39), abs=0.01)
+    assert found["ratios"].isfinite().all()
+
+
 def test_the_gap_ratio_divides_means_and_its_error_has_both_parts():
     ratio = _report._quotient(Estimate(1.0, 0.1), Estimate(4.0, 0.2))
     assert ratio.mean == 0.25
