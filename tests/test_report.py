@@ -268,6 +268,16 @@ def test_draws_that_change_nothing_do_not_make_an_encoder_invariant():
     assert any("of 40 draws change no image" in warning for warning in row.warnings)
 
 
+def test_one_draw_in_many_that_acts_is_enough_for_the_shares():
+    z = points(60, 4).float()
+    acted = torch.arange(40) == 3
+    moved = z.expand(40, 60, 4).clone()
+    moved[3] = turn(z)
+    figures = _report._figures(z, moved, acted, None)
+    assert figures["rotation_share"].mean > 1 - 1e-6
+    assert figures["invariance_error"].mean > 0.3
+
+
 def test_a_transformation_may_have_any_name():
     images = points(60, 4)
     both = quiet(Noisy(0.3), images, {"clean": flip, "turn": turn}, samples=4)

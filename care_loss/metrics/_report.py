@@ -109,7 +109,7 @@ def equivariance_report(
         * `gap_ratio`, `shared_gap`, `unshared_gap`: :func:`equivariance_error` under shared and
           unshared draws, and their ratio.
         * `rotation_share`: :func:`rotation_share`, as 1 minus the ratio of the means over draws, so
-          that draws that move nothing do no harm. `share_above_chance`: (share - chance) / (1 -
+          that draws that move little do no harm. `share_above_chance`: (share - chance) / (1 -
           chance), with the share of shuffled rows as chance; a direction that all embeddings have
           in common gives a rotation share, but none above chance. `linear_share`: the share of the
           best linear map by least squares, which need not be a rotation (from 4 D images on).
@@ -244,14 +244,12 @@ def _figures(
     n, d = moved.shape[-2:]
     found = _by_draws(_numbers, z, moved)
     chance = _by_draws(partial(_numbers, shuffled=True), *_few(z, moved))
-    # A draw that changes no image says nothing of the encoder. Ratios of means do not see it.
+    # A draw that changes no image says nothing of the encoder.
     displacement = _mean(found["moved"][acted], chance["moved"])
 
     def share(name: str) -> Estimate:
         """Return the share of the displacement that maps with this error explain."""
-        if displacement.mean < INVARIANT * displacement.shuffled:
-            return UNKNOWN
-        return _share(found[name], found["moved"], chance[name], chance["moved"])
+        return _share(found[name][acted], found["moved"][acted], chance[name], chance["moved"])
 
     rotation = share("wahba")
     linear = share("linear") if n >= 4 * d else UNKNOWN
@@ -391,10 +389,10 @@ def _quotient(top: Estimate, bottom: Estimate) -> Estimate:
 
 
 def _share(error: Tensor, moved: Tensor, chance: Tensor, chance_moved: Tensor) -> Estimate:
-    """Return the share of the displacement that is explained; NaN where nothing moves."""
-    rest = _ratio(*(x.square() for x in (error, moved, chance, chance_moved)))
+    """Return the share of the displacement that is explained; NaN if an encoder is invariant."""
     if moved.mean() < INVARIANT * chance_moved.mean():
         return UNKNOWN
+    rest = _ratio(*(x.square() for x in (error, moved, chance, chance_moved)))
     return Estimate(1 - rest.mean, rest.error, 1 - rest.shuffled)
 
 
