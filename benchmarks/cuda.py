@@ -9,13 +9,12 @@ how much the objective falls short of the best, and the deviation from orthogona
 eps sqrt(D). A floor is arithmetic at the rates that this run measured: of NT-Xent of M rows,
 5 M² D operations (those of an algorithm that computes its products again in the backward), at the
 rate of matrix products in the precision of the row, and always at least one read of the inputs and
-one write of the results. A contender that runs out of
-memory has a row that says so, and one that is not installed has none. For D = 128 the losses are
-compiled as well, in the first four minutes of the run.
+one write of the results. A contender that runs out of memory has a row that says so, and one that
+is not installed has none. For D = 128 the losses are compiled as well, in the first four minutes of
+the run.
 """
 
 import importlib.util
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -150,7 +149,7 @@ def graph(call: Call) -> Call:
     return captured.replay
 
 
-def modes(name: str, loss: Callable[..., Tensor], d: int, device: str) -> Iterator[tuple[str, Any]]:
+def modes(name: str, loss: Callable[..., Tensor], d: int) -> Iterator[tuple[str, Any]]:
     """Yield a loss as it is and, for one dimension, compiled: compiling takes most of the time."""
     yield name, loss
     if d == 128 and name != "authors" and synchronized_clock() - START < COMPILE_FOR:
@@ -180,7 +179,7 @@ def loss_rows(
         return value, torch.cat(torch.autograd.grad(value, views))
 
     for plain_name, plain_loss in losses.items():
-        for name, loss in modes(plain_name, plain_loss, views[0].shape[1], device):
+        for name, loss in modes(plain_name, plain_loss, views[0].shape[1]):
             call = partial(step, loss)
             found = row(call, floor, device)
             if "MB" in found and wanted is not None:
@@ -280,30 +279,24 @@ def drivers(device: str) -> dict[str, Callable[[Tensor], Tensor]]:
     return {"SVD": by_svd} | {f"SVD, {name}": partial(by_svd, driver=name) for name in names}
 
 
-def orthogonality(q: Tensor) -> str:
-    """Return the largest ||QᵀQ - 1|| of a batch, in units of eps sqrt(D)."""
-    eps, q = torch.finfo(q.dtype).eps, q.double()
-    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    deviation = torch.linalg.matrix_norm(q.mT @ q - identity).max().item()
-    return f"{deviation / eps / math.sqrt(q.shape[-1]):.2f}"
-
-
 def polar(ceilings: Ceilings, device: str, quick: bool) -> Iterator[Row]:
     for b, d in ORTHOGONAL[: 1 if quick else None]:
         b = 16 if quick else b
         m = torch.randn(b, d, d, device=device)
+        identity = torch.eye(d, device=device).expand_as(m)  # the fit to it is that to M
         floor = ceilings.floor(0, 2 * b * d * d, "float32")
         contenders = drivers(device) | {"care_loss": nearest_orthogonal}
         contenders["care_loss, SO(D)"] = partial(nearest_orthogonal, special=True)
-        best = torch.linalg.svdvals(m.double()).sum(-1)
         for name, fit in contenders.items():
             found = row(partial(fit, m), floor, device)
             if "MB" in found:
-                q = fit(m)
-                lost = (1 - (q.double() * m.double()).sum((-2, -1)) / best).max().item()
-                found |= {"orthogonality": orthogonality(q)}
-                found |= {"error": "" if "SO" in name else f"{max(lost, 0):.1e}"}
+                found |= fit_errors(identity, m, fit(m), name)
             yield {"section": "nearest_orthogonal", "N": b, "D": d, "contender": name} | found
+
+
+def fit_errors(source: Tensor, target: Tensor, rotation: Tensor, name: str) -> Row:
+    errors = procrustes.errors(source, target, rotation, "SO" in name)
+    return {"error": errors["excess"], "orthogonality": errors["orthogonality"]}
 
 
 def fits(ceilings: Ceilings, device: str, quick: bool) -> Iterator[Row]:
@@ -319,8 +312,7 @@ def fits(ceilings: Ceilings, device: str, quick: bool) -> Iterator[Row]:
         for name, fit in ways.items():
             found = row(partial(fit, *pair), floor, device)
             if "MB" in found:
-                errors = procrustes.errors(*pair, fit(*pair), "SO" in name)
-                found |= {"error": errors["excess"], "orthogonality": errors["orthogonality"]}
+                found |= fit_errors(*pair, fit(*pair), name)
             size = {"section": "fit_rotation", "N": b, "rows": n, "D": d, "precision": "float32"}
             yield size | {"contender": name} | found
 
