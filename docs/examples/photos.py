@@ -256,10 +256,8 @@ def relative_hue_error(z: Tensor, z_turned: Tensor, z_asked: Tensor, asked: Tens
     It is the turn whose rotation, fitted to the other half, takes one nearest to the other.
     """
     distance = torch.empty(z_turned.shape[:2], dtype=z.dtype)
-    for fit, score in (
-        (slice(0, None, 2), slice(1, None, 2)),
-        (slice(1, None, 2), slice(0, None, 2)),
-    ):
+    halves = slice(0, None, 2), slice(1, None, 2)
+    for fit, score in (halves, halves[::-1]):
         predicted = z[score] @ fit_rotations(z[fit], z_turned[:, fit])
         distance[:, score] = torch.linalg.vector_norm(predicted - z_asked[score], dim=-1)
     found = 2 * math.pi / ANGLES * distance.argmin(0)
@@ -268,7 +266,7 @@ def relative_hue_error(z: Tensor, z_turned: Tensor, z_asked: Tensor, asked: Tens
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
     """Return the indices of the k rows of the gallery with the highest cosine, `(n, k)`."""
-    return (normalize(queries) @ normalize(gallery).mT).topk(k).indices
+    return (normalize(queries) @ normalize(gallery).mT).topk(k).indices.cpu()
 
 
 def knn_accuracy(embed: Callable[[Tensor], Tensor], data: list[Tensor], k: int = 20) -> float:
@@ -283,7 +281,7 @@ def same_hue(embed: Callable[[Tensor], Tensor], images: Tensor, angle: float, k:
     hue, _ = main_hue(images)
     gallery = embed(images)
     found = nearest(embed(turn_hue(images, torch.tensor(angle))), gallery, k + 1)
-    own = torch.arange(len(images), device=found.device).unsqueeze(1)
+    own = torch.arange(len(images)).unsqueeze(1)
     # The patch itself is left out: the nearest of the others are the first k that are not it.
     others = found[(found != own) & ((found != own).cumsum(1) <= k)].view(len(images), k)
     return (wrap(hue[others] - hue.unsqueeze(1) - angle).abs() < NEAR).double().mean().item()
