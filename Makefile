@@ -10,7 +10,7 @@ PROCESSES ?= 2
 export OMP_WAIT_POLICY ?= passive
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help demo test test-deep test-wheel format lint wheel bench bench-cuda clean
+.PHONY: help demo test test-deep test-hosts test-wheel format lint wheel bench bench-cuda clean
 .NOTPARALLEL:
 
 help:  ## print the commands
@@ -24,6 +24,18 @@ test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part o
 
 test-deep: $(VENV)/.test  ## many more examples for every theorem
 	$(RUN) -m pytest tests/test_theorems.py tests/test_rotation.py tests/test_sphere.py --hypothesis-profile=deep $(ARGS)
+
+# What CI does not install. The log is committed: it shows which versions of the hosts were tried.
+HOSTS_LOG = docs/hosts/log.txt
+test-hosts: $(VENV)/.hosts build/solo-learn  ## run the examples for all other libraries in these, and write a log
+	$(RUN) -m pip list --format freeze | grep -iE \
+		"^(accelerate|albumentations|hydra-core|jsonargparse|kornia|lightly|lightning|pytorch.*|timm|torch.*|transformers)=" \
+		> $(HOSTS_LOG)
+	git -C build/solo-learn log -1 --format="solo-learn at commit %h of %as" >> $(HOSTS_LOG)
+	$(RUN) -m pytest tests/test_hosts.py --no-header --verbose -rsP --show-capture stdout $(ARGS) | tee -a $(HOSTS_LOG)
+
+build/solo-learn:
+	git clone --quiet --depth 1 https://github.com/vturrisi/solo-learn $@
 
 format: $(VENV)/.lint  ## format the code and sort imports
 	$(RUN) -m ruff check --fix .

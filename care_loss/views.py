@@ -23,7 +23,9 @@ from torch.utils.data import default_collate
 
 from care_loss import _checks, _chunks, _draws
 
-Transform = Callable[[Any], Tensor]
+# Any, though it returns a tensor: jsonargparse takes a class here for one to be instantiated, and
+# expects a subclass of what the callable returns.
+Transform = Callable[[Any], Any]
 
 
 class AugmentedChunks(NamedTuple):

@@ -56,6 +56,19 @@ def test_photos_trains_and_measures_all_arms(tmp_path):
     assert rows["photos-seed0"] != rows["photos-seed1"]
 
 
+def test_moco_trains_and_measures_all_arms(tmp_path):
+    command = [sys.executable, "-W", "error", str(PHOTOS.with_name("moco.py")), "--steps", "2"]
+    command += ["--draws", "8", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "moco-seed0.csv", newline="", encoding="utf-8") as file:
+        ratios = {row["arm"]: row["gap ratio"] for row in csv.DictReader(file)}
+    assert list(ratios) == ["MoCo"] + [
+        f"{arm}, {encoder} encoder" for encoder in ("query", "key") for arm in ("CARE", "placebo")
+    ]
+    assert len(set(ratios.values())) > 1  # the arms differ
+
+
 def test_a_seed_determines_the_weights_of_all_arms(photos):
     training, _ = photos.load_patches()
 

@@ -1,7 +1,9 @@
-"""The examples for other libraries: they run with these, and the pages show what they change."""
+"""The examples for other libraries: they run in these, and the pages show what they change."""
 
+import csv
 import importlib.util
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -12,9 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
-EXAMPLES = DOCS / "examples"
-PAGES = sorted((DOCS / "hosts").glob("*.md"))
+from care_loss import InfoNCELoss
+from care_loss.views import assert_shared, shared_views
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "docs" / "examples"
+PAGES = sorted((ROOT / "docs" / "hosts").glob("*.md"))
+SOLO_LEARN = ROOT / "build" / "solo-learn"
+LOSS = re.compile(r"^.*?(?<![_\w])loss\W+(\d+\.\d+)", re.MULTILINE)
 
 
 def load(path):
@@ -24,28 +31,96 @@ def load(path):
     return module
 
 
+def load_class(module, name):
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.fixture
+def needs(torchvision):
+    """Skip a test of a host that is not installed; `make test-hosts` installs all of them."""
+
+    def skip_without(*names):
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                pytest.skip(f"{name} is not installed: make test-hosts")
+
+    return skip_without
+
+
+@pytest.fixture
+def solo_learn(needs, monkeypatch):
+    """The clone of solo-learn, which has no release that installs, ready to be imported."""
+    needs("hydra", "lightning", "timm", "wandb")
+    if not SOLO_LEARN.exists():
+        pytest.skip("there is no clone of solo-learn in build/solo-learn: make test-hosts")
+    monkeypatch.syspath_prepend(str(SOLO_LEARN))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield SOLO_LEARN
+
+
+@pytest.fixture
+def run(needs, monkeypatch, tmp_path, capsys):
+    """Run an example in an empty folder; return its variables, and the lines with its losses."""
+
+    def run_example(path, *arguments):
+        torch.manual_seed(0)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [str(path), *arguments])
+        monkeypatch.setenv("COLUMNS", "200")  # the progress bar of rich in one line
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the advice of the hosts
+            found = runpy.run_path(str(path), run_name="__main__")
+        printed = re.split("[\r\n]+", "".join(capsys.readouterr()))
+        lines = [line for line in printed if LOSS.search(line)]
+        print(*lines[-4:], sep="\n")  # what the log of make test-hosts shows
+        return found, lines
+
+    return run_example
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_the_differences_on_the_pages_are_those_of_the_files(page):
-    diffs = load(DOCS / "hosts" / "diffs.py")
+    diffs = load(ROOT / "docs" / "hosts" / "diffs.py")
     text = page.read_text(encoding="utf-8")
-    assert diffs.BLOCK.search(text)
     assert diffs.written(text) == text
-    added = [block.count("\n+") for block in re.findall(r"```diff\n.*?```", text, re.DOTALL)]
-    assert added
-    assert diffs.written(text.replace("\n+", "\n +", 1)) == text  # and this test can fail
+    changed = text.replace("\n+", "\n +", 1)
+    assert diffs.written(changed) == text  # so this test can fail
 
 
-@pytest.mark.parametrize("name", ["before", "two_forwards", "three_forwards", "four_forwards"])
-def test_lightly_trains_with_each_form(name, lightly_loss, capsys):
-    torch.manual_seed(0)
-    found = runpy.run_path(str(EXAMPLES / "lightly" / f"{name}.py"))
-    printed = re.findall(r"^loss (\d+\.\d+)", capsys.readouterr().out, re.MULTILINE)
-    assert len(printed) == 4  # 512 images in batches of 128
-    assert all(0 < float(value) < 10 for value in printed)
-    if name != "before":
-        loss, base, gap = (found[part].item() for part in ("loss", "base", "equivariance"))
-        assert gap > 0
-        assert loss == pytest.approx(base + found["criterion"].equivariance_weight * gap)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_a_host_needs_few_new_lines(page):
+    for block in re.findall(r"```diff\n.*?```", page.read_text(encoding="utf-8"), re.DOTALL):
+        added = block.count("\n+")
+        assert 0 < added <= (5 if page.stem == "solo-learn" else 10), block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_code_on_the_pages_runs(page, needs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.M)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for block in code:
+            needs(*set(re.findall(r"^(?:import|from) (\w+)", block, re.M)))
+            namespace = {}
+            exec(compile(block, page.name, "exec"), namespace)
+            assert namespace.get("loss", torch.zeros(())).isfinite()
+
+
+LIGHTLY = ["before", "two_forwards", "three_forwards", "four_forwards"]
+LIGHTLY += ["moco_before", "moco_care", "barlow_before", "barlow_care"]
+
+
+@pytest.mark.parametrize("name", LIGHTLY)
+def test_lightly_trains_with_each_form(name, needs, run, lightly_loss):
+    found, lines = run(EXAMPLES / "lightly" / f"{name}.py")
+    assert len(lines) == 2  # 128 images in batches of 64
+    if name.endswith("before"):
+        return
+    loss, base, gap = (found[part].item() for part in ("loss", "base", "equivariance"))
+    assert gap > 0
+    assert loss == pytest.approx(base + found["criterion"].equivariance_weight * gap)
     if name == "two_forwards":
         z0, z1 = found["z0"].detach(), found["z1"].detach()
         theirs = lightly_loss.NTXentLoss(temperature=0.5)(z0, z1).item()
@@ -53,17 +128,176 @@ def test_lightly_trains_with_each_form(name, lightly_loss, capsys):
 
 
 @pytest.mark.parametrize("name", ["lightning_before", "lightning_care"])
-def test_lightly_trains_with_lightning(name, lightly_loss, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("pytorch_lightning")
-    monkeypatch.chdir(tmp_path)  # where Lightning writes its logs
-    monkeypatch.setattr("sys.argv", [f"{name}.py"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's advice
-        runpy.run_path(str(EXAMPLES / "lightly" / f"{name}.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "100%" in printed
-    assert "loss=" in printed
-    assert ("equivariance=" in printed) == (name == "lightning_care")
+def test_lightly_trains_with_lightning(name, needs, run):
+    needs("lightly", "pytorch_lightning")
+    _, lines = run(EXAMPLES / "lightly" / f"{name}.py")
+    assert ("equivariance" in lines[-1]) == (name == "lightning_care")
+
+
+NESTED = [("before", None), ("care", None), ("care", "lightly.loss.BarlowTwinsLoss")]
+
+
+@pytest.mark.parametrize(("name", "nested"), NESTED)
+def test_hydra_constructs_the_views_and_the_loss(name, nested, needs, run):
+    needs("hydra", "lightly")
+    options = [f"+loss.base_loss._target_={nested}", "~loss.temperature"] if nested else []
+    _, lines = run(EXAMPLES / "hydra" / "train.py", "--config-name", name, *options)
+    assert len(lines) == 2
+    assert all(("CAREloss" in line) == (name == "care") for line in lines)
+
+
+@pytest.mark.parametrize(("name", "nested"), NESTED)
+def test_lightning_cli_constructs_the_views_and_the_loss(name, nested, needs, run):
+    needs("lightly", "pytorch_lightning", "jsonargparse")
+    folder = EXAMPLES / "lightning_cli"
+    options = ["fit", "--config", str(folder / f"{name}.yaml")]
+    options += ["--model.criterion.base_loss", nested] if nested else []
+    _, lines = run(folder / "train.py", *options)
+    assert lines
+
+
+@pytest.mark.parametrize("name", ["before", "care", "adapter"])
+def test_pytorch_metric_learning_trains(name, needs, run):
+    needs("pytorch_metric_learning")
+    found, lines = run(EXAMPLES / "pytorch_metric_learning" / f"{name}.py")
+    assert len(lines) == (1 if name == "adapter" else 2)
+    if name == "adapter":
+        z1, z2, care = found["z1"], found["z2"], found["care"]
+        both, labels = torch.cat([z1, z2]), found["labels"]
+        assert torch.equal(care(both, labels), care.criterion(z1, z2))
+        with pytest.raises(ValueError, match="neither a miner nor reference embeddings"):
+            care(both, labels, ref_emb=both.clone(), ref_labels=labels)
+
+
+@pytest.mark.parametrize("name", ["before", "care"])
+def test_the_trainer_of_transformers_trains(name, needs, run):
+    needs("transformers", "accelerate")
+    _, lines = run(EXAMPLES / "transformers" / f"{name}.py")
+    assert len(lines) >= 2
+
+
+def test_the_unmodified_script_of_solo_learn_trains(solo_learn, run, monkeypatch, tmp_path):
+    for name in ("main_pretrain.py", "solo"):
+        (tmp_path / name).symlink_to(solo_learn / name)
+    folder = EXAMPLES / "solo_learn"
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(folder / "random_images.py"))
+    logged = []
+    for script, name in ((solo_learn / "main_pretrain.py", "simclr"), (folder / "care.py", "care")):
+        run(script, "--config-path", str(folder), "--config-name", f"{name}.yaml")
+        with open(tmp_path / "lightning_logs" / f"version_{len(logged)}" / "metrics.csv") as file:
+            logged.append(list(csv.DictReader(file)))
+    assert "train_nce_loss_step" in logged[0][0]
+    for row in logged[1][:2]:
+        loss, base, gap = (float(row[f"train_{part}"]) for part in ("loss", "base", "equivariance"))
+        print(f"loss {loss:.4f}, base {base:.4f}, equivariance {gap:.4f}")
+        assert gap > 0
+        assert loss == pytest.approx(base + 10 * gap)
+
+
+def test_the_configurations_on_the_page_construct_a_nested_base_loss(needs):
+    needs("jsonargparse", "lightly", "yaml")
+    text = (ROOT / "docs" / "hosts" / "configurations.md").read_text(encoding="utf-8")
+    hydra, cli = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    load_yaml = load_class("yaml", "safe_load")
+    parser = load_class("jsonargparse", "ArgumentParser")()
+    parser.add_subclass_arguments(torch.nn.Module, "criterion")
+    losses = [parser.instantiate(parser.parse_object(load_yaml(cli)["model"])).criterion]
+    if importlib.util.find_spec("hydra"):
+        losses.append(load_class("hydra.utils", "instantiate")(load_yaml(hydra)["loss"]))
+    for loss in losses:
+        assert type(loss.base_loss).__name__ == "BarlowTwinsLoss"
+        assert (loss.chunks, loss.shared_views) == (8, True)
+
+
+# Transforms: what tests/test_mistakes.py has for torchvision, for the others
+
+
+def image(size=40):
+    return torch.rand(3, size, size)
+
+
+def test_kornia_shares_only_with_same_on_batch(needs):
+    needs("kornia")
+    import kornia.augmentation as K
+
+    assert_shared(K.ColorJiggle(0.4, 0.4, 0.4, 0.1, same_on_batch=True), image())
+    with pytest.raises(ValueError, match="must draw one augmentation for all images of a chunk"):
+        assert_shared(K.ColorJiggle(0.4, 0.4, 0.4, 0.1), image())
+    pipeline = K.AugmentationSequential(
+        K.RandomHorizontalFlip(same_on_batch=True), K.RandomHue((-0.5, 0.5), p=1)
+    )
+    with pytest.raises(ValueError, match="must draw one augmentation for all images of a chunk"):
+        assert_shared(pipeline, image())
+
+
+def test_albumentations_shares_only_with_a_seed_in_every_call(needs):
+    needs("albumentations")
+    import albumentations as A
+
+    pipeline = A.Compose([A.ColorJitter(hue=0.1, p=1), A.ToTensorV2()])
+
+    def unseeded(x):
+        return pipeline(image=x.permute(1, 2, 0).numpy())["image"]
+
+    def seeded(x):
+        pipeline.set_random_seed(random.getrandbits(32))
+        return unseeded(x)
+
+    with pytest.raises(ValueError, match="must draw one augmentation for all images of a chunk"):
+        assert_shared(unseeded, image(), batched=False)
+    assert_shared(seeded, image(), batched=False)
+
+
+def test_torchvision_transforms_only_the_first_of_a_list_of_tensors(torchvision):
+    jitter = torchvision.transforms.v2.ColorJitter(0.4, 0.4, 0.4)
+
+    def listed(images):
+        return torch.stack(jitter(list(images)))
+
+    images = torch.rand(4, 3, 8, 8)
+    assert torch.equal(listed(images)[1:], images[1:])  # the trap, in silence
+    with pytest.raises(ValueError, match="must draw one augmentation for all images of a chunk"):
+        assert_shared(listed, images[0])
+    with pytest.raises(ValueError, match=r"must be a tensor of shape .*, got list: stack the"):
+        shared_views(list(images), jitter, chunks=2)
+
+
+def test_a_seed_inside_a_transform_is_refused(torchvision):
+    jitter = torchvision.transforms.v2.ColorJitter(0.4, 0.4, 0.4)
+
+    def seeded(x):
+        torch.manual_seed(0)
+        return jitter(x)
+
+    for batched in (True, False):
+        with pytest.raises(ValueError, match="must draw a new augmentation for each view"):
+            assert_shared(seeded, image(), batched=batched)
+
+
+def test_torchvision_v1_draws_once_for_a_tensor(torchvision):
+    t = torchvision.transforms
+    augment = t.Compose([t.RandomResizedCrop(16), t.ColorJitter(0.4, 0.4, 0.4, 0.5)])
+    assert_shared(augment, image())
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+@pytest.mark.parametrize("library", ["lightly", "pytorch_metric_learning", "solo"])
+def test_info_nce_equals_that_of(library, temperature, needs, request):
+    z1, z2 = torch.randn(2, 128, 64)
+    z2 = z1 + z2  # as embeddings of two views of the same images
+    if library == "lightly":
+        needs("lightly")
+        theirs = load_class("lightly.loss", "NTXentLoss")(temperature=temperature)(z1, z2)
+    elif library == "solo":
+        request.getfixturevalue("solo_learn")
+        function = load_class("solo.losses.simclr", "simclr_loss_func")
+        theirs = function(torch.cat([z1, z2]), torch.arange(128).repeat(2), temperature)
+    else:
+        needs("pytorch_metric_learning")
+        loss = load_class("pytorch_metric_learning.losses", "NTXentLoss")(temperature=temperature)
+        theirs = load_class("pytorch_metric_learning.losses", "SelfSupervisedLoss")(loss)(z1, z2)
+    assert InfoNCELoss(temperature)(z1, z2).item() == pytest.approx(theirs.item(), abs=1e-6)
 
 
 TWO_PROCESSES = """
@@ -79,7 +313,7 @@ from care_loss.functional import info_nce_loss
 
 class Watched(example.SimCLR):
     def training_step(self, batch, batch_index):
-        (x0, x1, chunks), _, _ = batch
+        (x0, x1, chunks), _ = batch
         with torch.no_grad():
             self.eval()  # so that both forwards are the same
             z0, z1 = self(x0), self(x1)
@@ -97,8 +331,8 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_of_lightning_log_the_info_nce_of_the_global_batch(lightly_loss, tmp_path):
-    pytest.importorskip("pytorch_lightning")
+def test_two_processes_of_lightning_log_the_info_nce_of_the_global_batch(needs, tmp_path):
+    needs("lightly", "pytorch_lightning")
     script = tmp_path / "two.py"
     example = EXAMPLES / "lightly" / "lightning_care.py"
     tests = Path(__file__).parent
@@ -112,7 +346,7 @@ def test_two_processes_of_lightning_log_the_info_nce_of_the_global_batch(lightly
     )
     assert result.returncode == 0, result.stderr
     ranks = [(tmp_path / f"rank{rank}.txt").read_text().split() for rank in (0, 1)]
-    assert len(ranks[0]) == 2 * 4  # 512 images, 64 for each of two processes
+    assert len(ranks[0]) == 2 * 2  # 128 images, 32 for each of two processes
     assert ranks[0] == ranks[1]
     for base, whole in zip(ranks[0][::2], ranks[0][1::2], strict=True):
         assert float(base) == pytest.approx(float(whole), abs=2e-6)

@@ -177,7 +177,7 @@ def test_a_transform_for_each_view():
 
 def test_lightlys_transforms_as_the_readme_says(torchvision):
     lightly = pytest.importorskip("lightly.transforms")
-    transform = lightly.SimCLRTransform(input_size=32).transforms[0]
+    transform = lightly.SimCLRTransform(input_size=32).transforms
     same = torchvision.transforms.Resize((40, 40))
     batch = [(same(image), k) for k, image in enumerate(PHOTOS)]
     collate = SharedAugmentCollate(transform, chunks=2, ordinary=transform)

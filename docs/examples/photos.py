@@ -47,19 +47,18 @@ from typing import Any, NamedTuple
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from skimage import data
-from sklearn.datasets import load_sample_images
-from torch import Tensor, nn
-from tqdm import tqdm
-
 from care_loss import CAREloss, InfoNCELoss
 from care_loss.functional import uniformity_loss
 from care_loss.metrics import Estimate, ReportRow, equivariance_report, frequencies
 from care_loss.rotation import fit_rotation
 from care_loss.sphere import normalize
 from care_loss.views import assert_shared, augment_chunks, shared_views
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from skimage import data
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from tqdm import tqdm
 
 Parts = Mapping[str, Tensor]
 Arm = Callable[[nn.Module, Tensor], Parts]

@@ -1,16 +1,13 @@
-"""SimCLR with lightly and Lightning; --devices 2 trains in two processes."""
+"""Contrastive learning with lightly and Lightning; --devices 2 trains in two processes."""
 
 import argparse
 
 import pytorch_lightning as pl
 import torch
 import torchvision
-from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
-from torch.utils.data import DataLoader
 
 
 class SimCLR(pl.LightningModule):
@@ -26,7 +23,7 @@ class SimCLR(pl.LightningModule):
         return self.projection_head(self.backbone(x))
 
     def training_step(self, batch, batch_index):
-        (x0, x1), _, _ = batch
+        x0, x1 = batch[0]
         loss = self.criterion(self(x0), self(x1))
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -38,14 +35,18 @@ class SimCLR(pl.LightningModule):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=1)
-    devices = parser.parse_args().devices
-    images = torchvision.datasets.FakeData(512, (3, 32, 32))  # or CIFAR10("data", download=True)
     transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
-    dataset = LightlyDataset.from_torch_dataset(images, transform=transform)
-    collate = MultiViewCollate()
-    loader = DataLoader(dataset, 64, shuffle=True, drop_last=True, collate_fn=collate)
+    # Random images, to try the loop: in their place, use torchvision.datasets.CIFAR10, for example.
+    dataset = torchvision.datasets.FakeData(128, (3, 32, 32), transform=transform)
+    dataloader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=32,
+        shuffle=True,
+        drop_last=True,
+    )
+    devices = parser.parse_args().devices
     trainer = pl.Trainer(max_epochs=1, devices=devices, enable_checkpointing=False)
-    trainer.fit(SimCLR(), loader)
+    trainer.fit(SimCLR(), dataloader)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""CARE for solo-learn: copy this file beside main_pretrain.py, and run it in its place."""
+
+from runpy import run_path
+
+import torch
+from care_loss import CAREloss
+from care_loss.views import augment_chunks
+from solo.methods import METHODS, BaseMethod, SimCLR
+
+
+def turn_hue(images):  # one turn of the colours about the grey axis, for all images of a chunk
+    axis = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / 3**0.5
+    turn = torch.linalg.matrix_exp(2 * torch.pi * torch.rand(()) * axis)
+    return torch.einsum("ij,njhw->nihw", turn.to(images), images)
+
+
+class CARE(SimCLR):  # in three forwards
+    def training_step(self, batch, batch_idx):
+        out, settings = BaseMethod.training_step(self, batch, batch_idx), self.cfg.method_kwargs
+        care = CAREloss(self.temperature, settings.equivariance_weight, gather_distributed=True)
+        turned, chunks = augment_chunks(batch[1][0], turn_hue, chunks=settings.chunks)
+        z1, z2, e = *out["z"], self(turned)["z"]
+        parts = care.forward_components(z1, z2, z1, e, chunks=chunks)._asdict()
+        self.log_dict({f"train_{k}": v for k, v in parts.items()}, prog_bar=True, sync_dist=True)
+        return out["loss"] + parts["loss"]
+
+
+METHODS["care"] = CARE
+if __name__ == "__main__":
+    run_path("main_pretrain.py", run_name="__main__")

@@ -1,0 +1,56 @@
+"""Contrastive learning with the Trainer of transformers; the samples are dictionaries."""
+
+import torch
+import torchvision
+from care_loss import CAREloss
+from care_loss.views import SharedAugmentCollate
+from torchvision.transforms import ToTensor, v2
+
+from transformers import Trainer, TrainingArguments
+
+
+class Encoder(torch.nn.Module):
+    """Embed two views."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torchvision.models.resnet18(num_classes=128)
+
+    def forward(self, view1, view2):
+        return {"z1": self.backbone(view1), "z2": self.backbone(view2)}
+
+
+transform = v2.Compose([v2.RandomResizedCrop(32), v2.ColorJitter(0.4, 0.4), ToTensor()])
+# Random images, to try the loop: a datasets.Dataset with these columns works as well.
+images = torchvision.datasets.FakeData(128, (3, 32, 32))
+dataset = [{"image": image, "label": label} for image, label in images]
+share = SharedAugmentCollate(transform, chunks=8)
+criterion = CAREloss(temperature=0.5, chunks=8, shared_views=True)
+
+
+def collate(samples):
+    pairs = [(sample["image"], sample["label"]) for sample in samples]
+    (view1, view2, _), labels = share(pairs)
+    return {"view1": view1, "view2": view2, "labels": labels}
+
+
+def compute_loss(outputs, labels, num_items_in_batch=None):
+    parts = criterion.forward_components(outputs["z1"], outputs["z2"])
+    trainer.log({"InfoNCE": parts.base.item(), "equivariance": parts.equivariance.item()})
+    return parts.loss
+
+
+arguments = TrainingArguments(
+    output_dir="build/trainer",
+    per_device_train_batch_size=64,
+    num_train_epochs=1,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    remove_unused_columns=False,
+    dataloader_drop_last=True,
+)
+trainer = Trainer(
+    Encoder(), arguments, collate, train_dataset=dataset, compute_loss_func=compute_loss
+)
+trainer.train()
