@@ -32,7 +32,7 @@ test-hosts: $(VENV)/.hosts build/solo-learn  ## run the examples for all other l
 		"^(accelerate|albumentations|hydra-core|jsonargparse|kornia|lightly|lightning|pytorch.*|timm|torch.*|transformers)=" \
 		> $(HOSTS_LOG)
 	git -C build/solo-learn log -1 --format="solo-learn at commit %h of %as" >> $(HOSTS_LOG)
-	$(RUN) -m pytest tests/test_hosts.py --no-header --verbose -rsP --show-capture stdout $(ARGS) | tee -a $(HOSTS_LOG)
+	$(RUN) -m pytest tests/test_hosts.py --no-header --quiet -rA --show-capture stdout $(ARGS) | tee -a $(HOSTS_LOG)
 
 build/solo-learn:
 	git clone --quiet --depth 1 https://github.com/vturrisi/solo-learn $@
