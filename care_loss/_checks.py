@@ -38,6 +38,41 @@ def embeddings(*, leading: bool = True, rows: int = 2, **tensors: Any) -> None:
         _same_dtype_and_device(name, first, other_name, other)
 
 
+def rows_of_processes(name: str, shapes: Sequence[tuple[int, int, torch.dtype]]) -> None:
+    """Require that rows have one number of dimensions and of values, and one dtype, everywhere."""
+    different = next((rank for rank, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if different is not None:
+        described = [
+            f"{ndim - 1}-dimensional rows of {values} values of {dtype} on process {rank}"
+            for rank, (ndim, values, dtype) in ((0, shapes[0]), (different, shapes[different]))
+        ]
+        raise ValueError(
+            f"`{name}` must have rows of one shape and dtype on all processes, got "
+            f"{' and '.join(described)}: use the same encoder and the same precision on all. Only "
+            "the number of rows may differ."
+        )
+
+
+def member(rank: int, global_rank: int) -> None:
+    """Require that this process belongs to a group, in which it has a rank."""
+    if rank < 0:
+        raise ValueError(
+            "`process_group` must contain this process, got a group without process "
+            f"{global_rank}: call the function only on the processes of the group."
+        )
+
+
+def different_seeds(states: Sequence[int]) -> None:
+    """Require that no two processes have a random generator in one state."""
+    for rank, state in enumerate(states):
+        if (first := states.index(state)) < rank:
+            raise ValueError(
+                "processes must draw different random numbers, got the same state of the generator "
+                f"of torch on processes {first} and {rank}: call torch.manual_seed(seed + rank) on "
+                "each."
+            )
+
+
 def queue(negatives: Any, z: Tensor) -> None:
     """Require negatives of shape `(K, D)` beside embeddings `z` of shape `(*, N, D)`."""
     _floating("negatives", negatives)
@@ -250,12 +285,17 @@ def transforms(name: str, value: Any) -> tuple[Any, Any]:
     return pair
 
 
-def view(value: Any) -> Tensor:
+def view(value: Any, image: Any) -> Tensor:
     """Require that a transform of one image returned a tensor, and return it."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"`transform` must map an image to a tensor, got {_kind(value)}: end it with a "
             "conversion such as ToTensor(), and if it returns several views, choose one of them."
+        )
+    if isinstance(image, Tensor) and image.ndim == 3 and value.ndim == 4 and len(value) == 1:
+        raise ValueError(
+            f"`transform` must map an image {tuple(image.shape)} to a view of as many dimensions, "
+            f"got {tuple(value.shape)}: it returned a batch of one. With kornia, set keepdim=True."
         )
     return value
 

@@ -197,7 +197,7 @@ class SharedAugmentCollate:
         views = []
         if self.ordinary is not None:
             for transform in self.ordinary:
-                outputs = [_checks.view(transform(_copy(image))) for image in images]
+                outputs = [_checks.view(transform(_copy(image)), image) for image in images]
                 views.append(_stack(outputs))
         members = _chunks.members(self.chunks, len(images))
         for transform, seeds in zip(self.transforms, _seeds(2, len(members)), strict=True):
@@ -267,7 +267,7 @@ def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tens
     with _draws.kept():
         for image in images:
             _draws.seed(seed)
-            outputs.append(_checks.view(transform(_copy(image))))
+            outputs.append(_checks.view(transform(_copy(image)), image))
             after = _draws.states()
             first = first or after
             _checks.same_draws(_draws.same(first, after), images[0], image)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 import os
 import random
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from care_loss import InfoNCELoss
-from care_loss.views import assert_shared, shared_views
+from care_loss.views import SharedAugmentCollate, assert_shared, shared_views
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -156,9 +157,9 @@ NESTED = [("before", None), ("care", None), ("care", "lightly.loss.BarlowTwinsLo
 def test_hydra_constructs_the_views_and_the_loss(name, nested, needs, run):
     needs("hydra", "lightly")
     options = [f"+loss.base_loss._target_={nested}", "~loss.temperature"] if nested else []
-    _, lines = run(EXAMPLES / "hydra" / "train.py", "--config-name", name, *options)
+    _, lines = run(EXAMPLES / "hydra" / f"{name}.py", "--config-name", name, *options)
     assert len(lines) == 2
-    assert all(("CAREloss" in line) == (name == "care") for line in lines)
+    assert all(("equivariance" in line) == (name == "care") for line in lines)
 
 
 @pytest.mark.parametrize(("name", "nested"), NESTED)
@@ -167,8 +168,8 @@ def test_lightning_cli_constructs_the_views_and_the_loss(name, nested, needs, ru
     folder = EXAMPLES / "lightning_cli"
     options = ["fit", "--config", str(folder / f"{name}.yaml")]
     options += ["--model.criterion.base_loss", nested] if nested else []
-    _, lines = run(folder / "train.py", *options)
-    assert lines
+    _, lines = run(folder / f"{name}.py", *options)
+    assert ("equivariance" in lines[-1]) == (name == "care")
 
 
 @pytest.mark.parametrize("name", ["before", "care", "adapter"])
@@ -182,6 +183,9 @@ def test_pytorch_metric_learning_trains(name, needs, run):
         assert torch.equal(care(both, labels), care.criterion(z1, z2))
         with pytest.raises(ValueError, match="neither a miner nor reference embeddings"):
             care(both, labels, ref_emb=both.clone(), ref_labels=labels)
+        for wrong in (torch.arange(128), None):
+            with pytest.raises(ValueError, match="needs labels of which the second half repeats"):
+                care(both, wrong)
 
 
 @pytest.mark.parametrize("name", ["before", "care"])
@@ -192,23 +196,50 @@ def test_the_trainer_of_transformers_trains(name, needs, run):
     assert any("equivariance" in line for line in lines) == (name == "care")
 
 
-def test_the_unmodified_script_of_solo_learn_trains(solo_learn, run, monkeypatch, tmp_path):
-    for name in ("main_pretrain.py", "solo"):
-        (tmp_path / name).symlink_to(solo_learn / name)
-    folder = EXAMPLES / "solo_learn"
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(folder / "random_images.py"))
-    logged = []
-    for script, name in ((solo_learn / "main_pretrain.py", "simclr"), (folder / "care.py", "care")):
-        run(script, "--config-path", str(folder), "--config-name", f"{name}.yaml")
-        with open(tmp_path / "lightning_logs" / f"version_{len(logged)}" / "metrics.csv") as file:
-            logged.append(list(csv.DictReader(file)))
-    assert "train_nce_loss_step" in logged[0][0]
-    for row in logged[1][:2]:
+SITE = """
+import sys
+sys.path.append({tests!r})
+from conftest import load_torchvision
+load_torchvision()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "processes"),
+    [("main_pretrain.py", "simclr", 1), ("care.py", "care", 1), ("care.py", "care", 2)],
+)
+def test_solo_learn_trains(script, name, processes, solo_learn, tmp_path):
+    folder, site = EXAMPLES / "solo_learn", tmp_path / "site"
+    for path in (solo_learn / "main_pretrain.py", solo_learn / "solo", *folder.iterdir()):
+        (tmp_path / path.name).symlink_to(path)
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SITE.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": f"{site}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    command = [script, "--config-path", str(folder), "--config-name", f"{name}.yaml"]
+    if processes > 1:
+        command += ["strategy=ddp", f"devices='{processes}'"]
+    for arguments in (["random_images.py"], command):
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert result.returncode == 0, result.stderr
+    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train_class_loss_step"]]
+    assert len(rows) == 4 // processes  # 256 images, 64 for each process
+    if name == "simclr":
+        assert all(float(row["train_nce_loss_step"]) > 0 for row in rows)
+        return
+    for row in rows:
         loss, base, gap = (float(row[f"train_{part}"]) for part in ("loss", "base", "equivariance"))
         print(f"loss {loss:.4f}, base {base:.4f}, equivariance {gap:.4f}")
         assert gap > 0
         assert loss == pytest.approx(base + 10 * gap)
+    # An untrained network makes all rows alike: then it is log(2N - 1) for the N rows of all.
+    assert float(rows[0]["train_base"]) == pytest.approx(math.log(128 * processes - 1), abs=0.3)
 
 
 def test_the_configurations_on_the_page_construct_a_nested_base_loss(needs):
@@ -222,7 +253,7 @@ def test_the_configurations_on_the_page_construct_a_nested_base_loss(needs):
         losses.append(load_class("hydra.utils", "instantiate")(load_yaml(hydra)["loss"]))
     for loss in losses:
         assert type(loss.base_loss).__name__ == "BarlowTwinsLoss"
-        assert (loss.chunks, loss.shared_views) == (8, True)
+        assert loss.shared_views
 
 
 # Transforms: what tests/test_mistakes.py has for torchvision, for the others
@@ -294,6 +325,19 @@ def test_torchvision_v1_draws_once_for_a_tensor(torchvision):
     t = torchvision.transforms
     augment = t.Compose([t.RandomResizedCrop(16), t.ColorJitter(0.4, 0.4, 0.4, 0.5)])
     assert_shared(augment, image())
+
+
+def test_kornia_in_the_data_loader_keeps_the_dimensions(needs):
+    needs("kornia")
+    import kornia.augmentation as K
+
+    for check in (
+        lambda transform: assert_shared(transform, image(), batched=False),
+        lambda transform: SharedAugmentCollate(transform, chunks=1)([(image(), 0)] * 2),
+    ):
+        check(K.ColorJiggle(0.4, keepdim=True))
+        with pytest.raises(ValueError, match="With kornia, set keepdim=True"):
+            check(K.ColorJiggle(0.4))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])

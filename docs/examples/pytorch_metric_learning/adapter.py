@@ -15,6 +15,8 @@ class CARE(BaseMetricLossFunction):
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         if indices_tuple is not None or ref_emb is not embeddings:
             raise ValueError("CARE takes neither a miner nor reference embeddings.")
+        if labels is None or not torch.equal(*labels.chunk(2)):
+            raise ValueError("CARE needs labels of which the second half repeats the first.")
         loss = self.criterion(*embeddings.chunk(2))
         return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
 

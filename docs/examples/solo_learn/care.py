@@ -1,6 +1,6 @@
 """CARE for solo-learn: copy this file beside main_pretrain.py, and run it in its place."""
 
-from runpy import run_path
+from pathlib import Path
 
 import torch
 from care_loss import CAREloss
@@ -27,4 +27,4 @@ class CARE(SimCLR):  # in three forwards
 
 METHODS["care"] = CARE
 if __name__ == "__main__":
-    run_path("main_pretrain.py", run_name="__main__")
+    exec(compile(Path("main_pretrain.py").read_text(), "main_pretrain.py", "exec"))

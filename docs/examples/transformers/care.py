@@ -25,17 +25,17 @@ transform = v2.Compose([v2.RandomResizedCrop(32), v2.ColorJitter(0.4, 0.4), ToTe
 images = torchvision.datasets.FakeData(128, (3, 32, 32))
 dataset = [{"image": image, "label": label} for image, label in images]
 share = SharedAugmentCollate(transform, chunks=8)
-criterion = CAREloss(temperature=0.5, chunks=8, shared_views=True)
+criterion = CAREloss(temperature=0.5, shared_views=True)
 
 
 def collate(samples):
     pairs = [(sample["image"], sample["label"]) for sample in samples]
-    (view1, view2, _), labels = share(pairs)
-    return {"view1": view1, "view2": view2, "labels": labels}
+    (view1, view2, chunks), _ = share(pairs)
+    return {"view1": view1, "view2": view2, "labels": chunks}  # for compute_loss
 
 
 def compute_loss(outputs, labels, num_items_in_batch=None):
-    parts = criterion.forward_components(outputs["z1"], outputs["z2"])
+    parts = criterion.forward_components(outputs["z1"], outputs["z2"], chunks=labels)
     trainer.log({"InfoNCE": parts.base.item(), "equivariance": parts.equivariance.item()})
     return parts.loss
 

@@ -13,9 +13,9 @@ def main(cfg):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
     criterion = instantiate(cfg.loss)
     for batch in instantiate(cfg.dataloader):
-        x0, x1 = batch[0][:2]
+        x0, x1 = batch[0]
         loss = criterion(model(x0), model(x1))
-        print(f"loss {loss:.4f} of {criterion}")
+        print(f"loss {loss:.4f}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

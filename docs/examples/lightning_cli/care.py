@@ -17,10 +17,11 @@ class Model(pl.LightningModule):
         self.criterion = criterion
 
     def training_step(self, batch, batch_index):
-        x0, x1 = batch[0][:2]
-        loss = self.criterion(self.encoder(x0), self.encoder(x1))
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        x0, x1, chunks = batch[0]
+        z = self.encoder(x0), self.encoder(x1)
+        parts = self.criterion.forward_components(*z, chunks=chunks)
+        self.log_dict(parts._asdict(), prog_bar=True)
+        return parts.loss
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.06)
