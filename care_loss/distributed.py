@@ -1,10 +1,34 @@
-"""Gathering embeddings across processes, with gradient."""
+"""Several processes: gathering rows, and the InfoNCE loss of all processes.
 
+Each process calls the same function with its own rows. A call first compares the shapes of all
+processes, so that a mistake on one of them is an error on all, and none waits for another.
+"""
+
+import math
+import zlib
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
+
+from care_loss import _checks, functional
+from care_loss._kernels.info_nce import gradient_among, losses_among
+from care_loss._kernels.paths import (
+    Input,
+    Plain,
+    by_hand,
+    is_batch_of_gradients,
+    need_gradient,
+    plain_gradients,
+)
+from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
+from care_loss._numerics import computed_in
+from care_loss.functional import Reduction
+
+_DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
 def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -> Tensor:
@@ -15,47 +39,243 @@ def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -
     as DDP does, brings it back to exactly the gradient of one process with all rows.
 
     Args:
-        x: The rows of this process, `(N, ...)`, with the same shape on every process.
+        x: The rows of this process, `(N, ...)`. N may differ between processes; the dtype and the
+            other dimensions may not.
         process_group: The processes to gather from; all of them by default.
 
     Returns:
-        The rows of all processes, `(W * N, ...)`; `x` itself where no group is initialised.
+        The rows of all processes, `(sum of N, ...)`; `x` itself if there is only one process.
+
+    Raises:
+        ValueError: on all processes, if their rows differ in shape or dtype; on a process that does
+            not belong to `process_group`.
 
     Example:
         >>> all_gather(torch.zeros(2, 3)).shape  # a single process
         torch.Size([2, 3])
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _several(process_group):
         return x
-    gathered: Tensor = _AllGather.apply(x, process_group)  # type: ignore[no-untyped-call]
+    sizes = _sizes("x", x, process_group)
+    gathered: Tensor = _AllGather.apply(x, process_group, sizes)  # type: ignore[no-untyped-call]
     return gathered
+
+
+def info_nce_loss(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: Reduction = "mean",
+    process_group: "dist.ProcessGroup | None" = None,
+) -> Tensor:
+    """Contrast the two views of each sample with the rows of all processes.
+
+    It is :func:`care_loss.functional.info_nce_loss` of the views of all processes, whose value each
+    process returns. The gradient that a process gets for its own rows is W times that of one
+    process with all rows, so that averaging over the W processes, as DDP does, gives exactly the
+    gradient of one. It needs no communication in the backward, and expects that all processes
+    multiply the loss by the same factor.
+
+    A process compares its own rows with all rows, block by block: no matrix of all products is
+    formed. It communicates the embeddings of all processes once, in their own dtype, and two
+    numbers per row. Second derivatives gather the embeddings again, and are formed from all rows.
+
+    Args:
+        z1: Embeddings of the first view on this process, `(N, D)` with `N >= 1`. N may differ
+            between processes.
+        z2: Embeddings of the second view on this process, `(N, D)`.
+        temperature: A number > 0 or a tensor `()`, which then gets a gradient. It must be the same
+            on all processes.
+        reduction: `"mean"` for a scalar, `"none"` for one value per anchor of all processes.
+        process_group: The processes whose rows are contrasted; all of them by default.
+
+    Returns:
+        The loss of all processes: `()`, or `(2, sum of N)` with `reduction="none"`, the processes
+        in the order of their ranks.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described, or differs between processes.
+
+    Example:
+        >>> z = torch.eye(4)
+        >>> info_nce_loss(z, z, temperature=0.5)  # a single process
+        tensor(0.5944)
+    """
+    _checks.embeddings(leading=False, rows=1, z1=z1, z2=z2)
+    temperature = _checks.temperature(temperature, z1.device)
+    _checks.reduction(reduction)
+    if not _several(process_group):
+        return functional.info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
+    # Compiled code would not read the sizes, and a compiled plain composition keeps all products.
+    call = torch.compiler.disable(_losses) if torch.compiler.is_compiling() else _losses
+    losses: Tensor = call(z1, z2, temperature, process_group)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def assert_seeds_differ(*, process_group: "dist.ProcessGroup | None" = None) -> None:
+    """Check that no two processes draw the same random numbers.
+
+    Processes with one seed augment their images alike, and shared views then have as many different
+    augmentations as one process makes. Call it once, after the seeds have been set:
+    `torch.manual_seed(seed + rank)` makes them differ, also in the workers of a `DataLoader`, which
+    are seeded from it.
+
+    Args:
+        process_group: The processes to compare; all of them by default.
+
+    Raises:
+        ValueError: on all processes, if the generator of torch is in the same state on two of them.
+
+    Example:
+        >>> assert_seeds_differ()  # a single process: there is nothing to compare
+    """
+    if not _several(process_group):
+        return
+    backend = dist.get_backend(process_group)
+    device = "cpu" if backend in ("gloo", "mpi") else torch.accelerator.current_accelerator()
+    state = torch.tensor([zlib.crc32(bytes(torch.get_rng_state().tolist()))], device=device)
+    ranks = range(dist.get_world_size(process_group))
+    states = _gather(state, process_group, [1 for _ in ranks])
+    _checks.different_seeds(states.tolist())
+
+
+def _several(group: Any) -> bool:
+    """Whether there are other processes, this one being one of the group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    _checks.member(dist.get_rank(group), dist.get_rank())
+    return dist.get_world_size(group) > 1
+
+
+def _sizes(name: str, x: Tensor, group: Any) -> list[int]:
+    """Compare the rows of all processes, and return how many each of them has."""
+    shape = torch.tensor(
+        [[len(x), x.ndim, math.prod(x.shape[1:]), _DTYPES.index(x.dtype)]], device=x.device
+    )
+    shapes = _gather(shape, group, [1] * dist.get_world_size(group)).tolist()
+    _checks.rows_of_processes(name, [(*row[1:3], _DTYPES[row[3]]) for row in shapes])
+    return [row[0] for row in shapes]
+
+
+def _gather(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    """Return the rows of all processes, which have as many as `sizes` says."""
+    longest = max(sizes)
+    padded = torch.cat((x, x.new_empty(longest - len(x), *x.shape[1:])))
+    gathered = x.new_empty(len(sizes) * longest, *x.shape[1:])
+    # As bytes, because not every backend knows every dtype.
+    # Its newer name is that of torch 2.13.
+    into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    into(_bytes(gathered), _bytes(padded), group=group)
+    if min(sizes) == longest:
+        return gathered
+    parts = gathered.split(longest)
+    return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
+def _own(sizes: list[int], group: Any) -> slice:
+    """Return where the rows of this process are among those of all."""
+    rank = dist.get_rank(group)
+    first = sum(sizes[:rank])
+    return slice(first, first + sizes[rank])
 
 
 # Each of the two is the other's derivative, so derivatives of every order are right.
 
 
-class _AllGather(torch.autograd.Function):
+class _AllGather(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts)
+    def forward(ctx: Any, x: Tensor, group: Any, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return _gather(x, group, sizes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _SumForOwner.apply(grads[0], ctx.group), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        summed: Tensor = _SumForOwner.apply(grads[0], ctx.group, ctx.sizes)  # type: ignore[no-untyped-call]
+        return summed, None, None
 
 
-class _SumForOwner(torch.autograd.Function):
+class _SumForOwner(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: Any, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
         total = x.clone(memory_format=torch.contiguous_format)  # all_reduce is in place
         dist.all_reduce(total, group=group)
-        return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+        return total[_own(sizes, group)].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _AllGather.apply(grads[0], ctx.group), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        gathered: Tensor = _AllGather.apply(grads[0], ctx.group, ctx.sizes)  # type: ignore[no-untyped-call]
+        return gathered, None, None
+
+
+def _losses(z1: Tensor, z2: Tensor, temperature: Input, group: Any) -> Tensor:
+    """Return the losses of the anchors of all processes, `(2, sum of N)`."""
+    plain = partial(_plain_losses, group)
+    if not by_hand(z1, z2, temperature):
+        return plain(z1, z2, temperature)
+    sizes = _sizes("z1", z1, group)
+    derive = need_gradient(z1, z2, temperature)
+    losses: Tensor = _InfoNCE.apply(z1, z2, temperature, group, sizes, plain, derive)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _plain_losses(group: Any, z1: Tensor, z2: Tensor, temperature: Input) -> Tensor:
+    z1, z2 = (all_gather(z, process_group=group) for z in (z1, z2))
+    return functional.info_nce_loss(z1, z2, temperature=temperature, reduction="none")
+
+
+class _InfoNCE(Function):
+    """The loss of each anchor of all processes.
+
+    The rows of all processes are kept as they are gathered: of each process, both views.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z1: Tensor,
+        z2: Tensor,
+        temperature: Input,
+        group: Any,
+        sizes: list[int],
+        plain: Plain,
+        derive: bool,
+    ) -> Tensor:
+        rows = [2 * n for n in sizes]
+        own = _own(rows, group)
+        everything = _gather(torch.cat((z1, z2)), group, rows)
+        u, length = unit_rows(everything.to(computed_in(z1), copy=True))
+        losses, total, share = losses_among(u, own, temperature)
+        found = _gather(torch.stack((losses.flatten(), total.flatten()), -1), group, rows)
+        if derive:
+            is_tensor = isinstance(temperature, Tensor)
+            ctx.own, ctx.sizes, ctx.plain = own, sizes, plain
+            ctx.temperature = None if is_tensor else temperature
+            kept = u, length[own], found[:, 1], share
+            ctx.save_for_backward(z1, z2, temperature if is_tensor else None, *kept)
+        by_rank = found[:, 0].to(u.dtype).split(rows)
+        return torch.cat([part.view(2, -1) for part in by_rank], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z1, z2, temperature, u, length, total, share = ctx.saved_tensors
+        temperature = ctx.temperature if temperature is None else temperature
+        nothing = (None,) * 4
+        if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
+            inputs, needed = (z1, z2, temperature), ctx.needs_input_grad[:3]
+            return *plain_gradients(ctx.plain, inputs, needed, gradient), *nothing
+        # The processes have the same loss, and each adds up its gradients: W times those of one.
+        gradient = gradient * len(ctx.sizes)
+        weights = torch.cat([part.flatten() for part in gradient.split(ctx.sizes, -1)])
+        by_row = gradient_among(u, ctx.own, temperature, total, share, weights)
+        by_row, along = gradient_of_rows(by_row, u[ctx.own], length)
+        first, second = by_row.to(z1.dtype).chunk(2)
+        of_temperature = None
+        if ctx.needs_input_grad[2]:
+            of_temperature = (along.sum() / (-2 * temperature)).to(temperature)
+        return first, second, of_temperature, *nothing

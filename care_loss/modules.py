@@ -1,7 +1,8 @@
 """The losses as modules: they store the arguments of the functions.
 
-They have no parameters or buffers, so `state_dict()` is empty and old checkpoints load. The
-constructors take plain numbers, strings and booleans, which configuration files can contain.
+They have no parameters or buffers of their own, so `state_dict()` is empty and old checkpoints
+load, unless a `base_loss` brings some. The constructors take plain numbers, strings and booleans,
+which configuration files can contain.
 """
 
 from collections.abc import Callable
@@ -9,8 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from care_loss import _checks
-from care_loss.distributed import all_gather
+from care_loss import _checks, distributed
 from care_loss.functional import Reduction, Scale, equivariance_loss, info_nce_loss
 
 _TEMPERATURE = 0.5
@@ -252,9 +252,8 @@ def _info_nce(
     z1: Tensor, z2: Tensor, temperature: float, reduction: Reduction, gather_distributed: bool
 ) -> Tensor:
     _checks.embeddings(leading=False, rows=1 if gather_distributed else 2, z1=z1, z2=z2)
-    if gather_distributed:
-        z1, z2 = all_gather(z1), all_gather(z2)
-    return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
+    function = distributed.info_nce_loss if gather_distributed else info_nce_loss
+    return function(z1, z2, temperature=temperature, reduction=reduction)
 
 
 def _arguments(module: nn.Module, *names: str) -> str:

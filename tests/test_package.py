@@ -62,7 +62,14 @@ ALLOWED = {
     },
     "views": {"_checks", "_chunks", "_draws"},
     "rotation": {"_checks", "_numerics"},
-    "distributed": set(),
+    "distributed": {
+        "_checks",
+        "_kernels.info_nce",
+        "_kernels.paths",
+        "_kernels.unit_rows",
+        "_numerics",
+        "functional",
+    },
     "recipes": set(),
     "sphere": {"_checks", "_kernels.unit_rows", "_numerics"},
     "_kernels.__init__": set(),
@@ -180,14 +187,14 @@ def lines_of_code(source):
 
 
 LINES_OF_CODE = {  # at most; what has no entry may have 30
-    "_checks": 640,
+    "_checks": 680,
     "_chunks": 45,
     "_draws": 45,
     "_kernels.gram_gap": 135,
-    "_kernels.info_nce": 200,
+    "_kernels.info_nce": 245,
     "_kernels.paths": 45,
     "_numerics": 40,
-    "distributed": 40,
+    "distributed": 165,
     "functional": 145,
     "metrics.__init__": 40,
     "metrics._frequencies": 50,

@@ -17,7 +17,7 @@ visits the tiles on and above the diagonal, in the forward for the sums and agai
 and each tile serves both its rows and its columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,10 +121,7 @@ class _Tiled(Function):
         if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
             return _second_derivatives(ctx, inputs, gradient)
         temperature, n = _temperature(ctx, inputs), total.shape[-1]
-        # A small gradient times exp(-t) could underflow before it meets exp(s).
-        scale = gradient.abs().amax((-2, -1), keepdim=True)
-        scale.masked_fill_(scale == 0, 1)
-        gradient = gradient / scale
+        gradient, scale = _without_scale(gradient)
         by_row = torch.zeros_like(u)
         with without_autocast(u):
             for rows, t, g, out in zip(
@@ -140,6 +137,46 @@ class _Tiled(Function):
         return _gradients(ctx, inputs, *gradient_of_rows(by_row, u, length))
 
 
+def losses_among(u: Tensor, own: slice, temperature: Input) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the log of the sum over all and the share of the negatives, `(2, N)` each.
+
+    The anchors are the `2N` rows `own` of the unit rows `(M, D)`, both views of N samples. All
+    other rows are negatives of each of them.
+    """
+    anchors = u[own]
+    n = len(anchors) // 2
+    with without_autocast(u):
+        positive = _positive(anchors / temperature, anchors, n)
+        negative = u.new_empty(2 * n, dtype=exact(u[:0]).dtype)
+        _log_sums(anchors, temperature, out=negative)
+        for scores, rows, _ in _rectangles(u, own, temperature):
+            sums = scores.exp_().sum(-1).log_() if _bounded(temperature) else scores.logsumexp(-1)
+            part = negative[rows.start - own.start : rows.stop - own.start]
+            torch.logaddexp(part, sums.to(part.dtype), out=part)
+    return _losses(positive, negative.view(2, n))
+
+
+def gradient_among(
+    u: Tensor, own: slice, temperature: Input, total: Tensor, share: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return the gradient of the sum of all losses, weighted by `gradient` `(M,)`, for some rows.
+
+    These are the unit rows `own` of `(M, D)`, for which `share` is that of :func:`losses_among`.
+    `total` `(M,)` are the logs of the sums of all rows.
+    """
+    gradient, scale = _without_scale(gradient)
+    anchors = u[own]
+    out = torch.zeros_like(anchors)
+    with without_autocast(u):
+        _weighted_sums(anchors, temperature, total[own], gradient[own], out=out)
+        weigh = _weights(temperature, total, gradient, u.dtype)
+        for scores, rows, columns in _rectangles(u, own, temperature):
+            part = out[rows.start - own.start : rows.stop - own.start]
+            part.addmm_(weigh(scores, rows, columns), u[columns])
+    _add_positives(out, anchors, (gradient[own].view(2, -1) * share).sum(-2).to(u.dtype))
+    return out.div_(temperature).mul_(scale)
+
+
 def _unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     # cat keeps the memory format of images, say.
     return unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)).contiguous())
@@ -152,6 +189,17 @@ def _batches(u: Tensor) -> Tensor:
 def _bounded(temperature: Input) -> bool:
     """Whether exponentials of scores and their sums need no shift: exp(64) = 6e27."""
     return not isinstance(temperature, Tensor) and temperature >= 1 / 64
+
+
+def _without_scale(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide gradients `(*, 2, N)` or `(M,)` by their largest, and return that too.
+
+    A small gradient times exp(-t) could underflow before it meets exp(s).
+    """
+    dims = tuple(range(-min(gradient.ndim, 2), 0))
+    scale = gradient.abs().amax(dims, keepdim=True)
+    scale.masked_fill_(scale == 0, 1)
+    return gradient / scale, scale
 
 
 def _positive(scaled: Tensor, u: Tensor, n: int) -> Tensor:
@@ -263,18 +311,46 @@ def _weighted_sums(
     u: Tensor, temperature: Input, total: Tensor, gradient: Tensor, *, out: Tensor
 ) -> None:
     """Add W u, without the positives, for rows `(M, D)` whose anchors weigh `gradient` `(M,)`."""
-    bounded, n = _bounded(temperature), len(u) // 2
-    weight = (gradient * torch.exp(-total)).to(u.dtype)
-    total = total.to(u.dtype)
+    n, weigh = len(u) // 2, _weights(temperature, total, gradient, u.dtype)
     by_column = out.new_zeros(out.mT.shape)
     for scores, rows, columns, square in _tiles(u, temperature):
-        if bounded:
-            scores.exp_().mul_(weight[rows, None] + weight[columns])
-        else:
-            by_row = (scores - total[rows, None]).exp_().mul_(gradient[rows, None])
-            scores.sub_(total[columns]).exp_().mul_(gradient[columns]).add_(by_row)
+        weigh(scores, rows, columns)
         _fill(scores, rows, columns, n, 0)
         out[rows].addmm_(scores, u[columns])
         right = slice(columns.start + square, columns.stop)
         by_column[:, right].addmm_(u[rows].mT, scores[:, square:])
     out.add_(by_column.mT)
+
+
+def _weights(
+    temperature: Input, total: Tensor, gradient: Tensor, dtype: torch.dtype
+) -> Callable[[Tensor, slice, slice], Tensor]:
+    """Return what turns the scores of some rows and columns into W_ij, in place."""
+    weight, total = (gradient * torch.exp(-total)).to(dtype), total.to(dtype)
+
+    def bounded(scores: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Scores are small enough for one exponential per pair."""
+        return scores.exp_().mul_(weight[rows, None] + weight[columns])
+
+    def unbounded(scores: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Scores of any size need two, one for each anchor."""
+        by_row = (scores - total[rows, None]).exp_().mul_(gradient[rows, None])
+        return scores.sub_(total[columns]).exp_().mul_(gradient[columns]).add_(by_row)
+
+    return bounded if _bounded(temperature) else unbounded
+
+
+def _rectangles(u: Tensor, own: slice, temperature: Input) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Yield the scores of the rows `own` with all others, in one buffer, with rows and columns."""
+    height, width = tile(u.device)
+    buffer = u.new_empty(height * width)
+    for rows in _cut(own.start, own.stop, height):
+        scaled = u[rows] / temperature
+        for columns in (*_cut(0, own.start, width), *_cut(own.stop, len(u), width)):
+            shape = len(scaled), columns.stop - columns.start
+            scores = buffer[: shape[0] * shape[1]].view(shape)
+            yield torch.mm(scaled, u[columns].mT, out=scores), rows, columns
+
+
+def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
