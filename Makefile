@@ -20,7 +20,7 @@ demo: $(VENV)/.examples  ## turn the hue of photographs: train seven arms and pr
 	$(RUN) docs/examples/photos.py $(ARGS)
 
 test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part of them
-	$(RUN) -m pytest --numprocesses $(PROCESSES) $(ARGS)
+	$(RUN) -m pytest --numprocesses $(PROCESSES) --dist loadgroup $(ARGS)
 
 test-deep: $(VENV)/.test  ## many more examples for every theorem
 	$(RUN) -m pytest tests/test_theorems.py tests/test_rotation.py tests/test_sphere.py --hypothesis-profile=deep $(ARGS)
@@ -59,7 +59,7 @@ test-wheel: wheel  ## test the wheel in an environment of its own
 	build/wheel/venv/bin/python $(INSTALL) dist/*.whl pytest pytest-xdist hypothesis mpmath numpy
 	cd build/wheel && venv/bin/python -c "import care_loss; print(care_loss.__file__)" \
 		| grep site-packages
-	cd build/wheel && venv/bin/python -m pytest --numprocesses $(PROCESSES) $(WHEEL_TESTS:%=tests/test_%.py)
+	cd build/wheel && venv/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup $(WHEEL_TESTS:%=tests/test_%.py)
 
 bench: $(VENV)/.bench  ## the losses, rotations, measures, the sphere, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/operations.py $(ARGS)

@@ -38,6 +38,14 @@ def embeddings(*, leading: bool = True, rows: int = 2, **tensors: Any) -> None:
         _same_dtype_and_device(name, first, other_name, other)
 
 
+def rows(x: Any) -> None:
+    """Require a tensor of rows."""
+    if not isinstance(x, Tensor) or not x.ndim:
+        raise ValueError(
+            f"`x` must have shape (N, ...), got {_kind(x)}: gather a single value as x[None]."
+        )
+
+
 def rows_of_processes(name: str, shapes: Sequence[tuple[int, int, torch.dtype]]) -> None:
     """Require that rows have one number of dimensions and of values, and one dtype, everywhere."""
     different = next((rank for rank, shape in enumerate(shapes) if shape != shapes[0]), None)

@@ -25,7 +25,7 @@ from care_loss._kernels.paths import (
     plain_gradients,
 )
 from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
-from care_loss._numerics import computed_in
+from care_loss._numerics import computed_in, without_autocast
 from care_loss.functional import Reduction
 
 _DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
@@ -54,6 +54,7 @@ def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -
         >>> all_gather(torch.zeros(2, 3)).shape  # a single process
         torch.Size([2, 3])
     """
+    _checks.rows(x)
     if not _several(process_group):
         return x
     sizes = _sizes("x", x, process_group)
@@ -248,8 +249,9 @@ class _InfoNCE(Function):
     ) -> Tensor:
         rows = [2 * n for n in sizes]
         own = _own(rows, group)
-        everything = _gather(torch.cat((z1, z2)), group, rows)
-        u, length = unit_rows(everything.to(computed_in(z1), copy=True))
+        with without_autocast(z1):
+            everything = _gather(torch.cat((z1, z2)), group, rows)
+        u, length = unit_rows(everything.to(computed_in(z1)))
         losses, total, share = losses_among(u, own, temperature)
         found = _gather(torch.stack((losses.flatten(), total.flatten()), -1), group, rows)
         if derive:

@@ -278,9 +278,10 @@ def test_half_types_are_computed_in_float32(loss, half, device):
     torch.testing.assert_close(value, loss(z1.float(), z2.float()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @every_loss
-def test_autocast_changes_nothing(loss, device):
-    z1, z2 = torch.randn(2, 11, 5, device=device)
+def test_autocast_changes_nothing(loss, dtype, device):
+    z1, z2 = torch.randn(2, 11, 5, device=device).to(dtype)
     with torch.autocast(device.type, torch.bfloat16):
         inside = loss(z1, z2)
     assert torch.equal(inside, loss(z1, z2))

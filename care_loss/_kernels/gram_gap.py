@@ -67,7 +67,8 @@ class _GramGap(Function):
         plain: Plain,
         derive: bool,
     ) -> Tensor:
-        z = torch.stack((z1, z2))
+        with without_autocast(z1):  # which fails to join float16 on a CPU
+            z = torch.stack((z1, z2))
         if order is not None:
             z = z.index_select(-2, order)
         u, length = unit_rows(z.to(computed_in(z)))

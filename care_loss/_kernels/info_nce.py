@@ -178,8 +178,10 @@ def gradient_among(
 
 
 def _unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    with without_autocast(z1):  # which fails to join float16 on a CPU
+        z = torch.cat((z1, z2), -2)
     # cat keeps the memory format of images, say.
-    return unit_rows(torch.cat((z1, z2), -2).to(computed_in(z1)).contiguous())
+    return unit_rows(z.to(computed_in(z1)).contiguous())
 
 
 def _batches(u: Tensor) -> Tensor:
