@@ -25,9 +25,9 @@ class InfoNCELoss(nn.Module):
         temperature: The temperature, > 0. For a learned temperature, call the function.
         reduction: `"mean"`, or `"none"` for one value per anchor.
         gather_distributed: Contrast with the rows of all processes, not only with those of this
-            one. Each process then returns the loss of the global batch, and the gradients that DDP
-            averages are those of one process with all rows. All processes must have the same number
-            of rows; one row per process is enough.
+            one (:func:`care_loss.distributed.info_nce_loss`). Each process then returns the loss of
+            the global batch, and the gradients that DDP averages are those of one process with all
+            rows. One row per process is enough, and processes may have different numbers of them.
 
     Example:
         >>> import torch

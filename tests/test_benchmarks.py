@@ -163,3 +163,18 @@ def test_the_figure_is_drawn_from_the_results(tmp_path):
     run("figures.py", "--figure", str(figure), "--csv", str(table))
     assert figure.stat().st_size > 10_000
     assert read(table) == read(BENCHMARKS / "results" / "growth.csv")
+
+
+def test_processes_are_measured_beside_their_rivals(tmp_path):
+    path = tmp_path / "distributed.csv"
+    printed = run("distributed.py", "--quick", "--rounds", "2", "--csv", str(path))
+    found = {row["contender"]: row for row in read(path)}
+    assert all(name in printed for name in found)
+    assert {"care_loss", "lightly", "open_clip", "open_clip, local_loss"} <= found.keys()
+    n, d = 256, 128
+    expected = {"care_loss": 2 * n * d * 4 + 32 * n + 32, "lightly": 6 * n * d * 4}  # W - 1 = 1
+    for name, received in expected.items():
+        assert float(found[name]["KB"]) == pytest.approx(received / 1000, abs=0.06)
+    run("distributed.py", "--calculate", "--csv", str(path))
+    committed = BENCHMARKS / "results" / "distributed-calculated.csv"
+    assert path.read_text() == committed.read_text()

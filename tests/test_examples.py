@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -67,6 +68,35 @@ def test_moco_trains_and_measures_all_arms(tmp_path):
         f"{arm}, {encoder} encoder" for encoder in ("query", "key") for arm in ("CARE", "placebo")
     ]
     assert len(set(ratios.values())) > 1  # the arms differ
+
+
+def curves(tmp_path, processes, *options):
+    """Run photos_ddp.py, and return the losses of each process by column."""
+    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(PHOTOS.with_name("photos_ddp.py"))]
+    command += ["--steps", "3", "--output", str(tmp_path), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = []
+    for path in sorted(tmp_path.glob(f"{processes}-processes-rank*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        found.append({key: [float(row[key]) for row in rows] for key in rows[0]})
+    assert len(found) == processes
+    return found
+
+
+def test_the_losses_of_two_processes_are_those_of_one(tmp_path):
+    (one,) = curves(tmp_path, 1, "--same-views")
+    for process in curves(tmp_path, 2, "--same-views"):
+        for part in ("loss", "InfoNCE", "equivariance"):
+            assert process[part] == pytest.approx(one[part], rel=1e-4, abs=2e-6)
+
+
+def test_two_processes_with_views_of_their_own_have_one_info_nce(tmp_path):
+    first, second = curves(tmp_path, 2)
+    assert first["InfoNCE"] == second["InfoNCE"]
 
 
 def test_a_seed_determines_the_weights_of_all_arms(photos):

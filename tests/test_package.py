@@ -321,3 +321,20 @@ def test_the_tables_of_the_examples_are_those_of_the_committed_runs(page, name, 
         labels = [row[0]["arm"], *([row[0]["transformation"]] if name == "ordinary" else [])]
         cells = [", ".join(run[column] for run in row).strip(", ") for column in columns]
         assert f"| {' | '.join([*labels, *cells])} |" in lines
+
+
+MEASURED = (  # of docs/processes.md
+    ("distributed-cpu", ["W", "N", "contender", "ms", "ratio", "MB", "KB"]),
+    (
+        "distributed-calculated",
+        ["W", "batch", "received", "received by lightly", "memory", "memory with a matrix"],
+    ),
+)
+
+
+@pytest.mark.parametrize(("name", "columns"), MEASURED)
+def test_the_tables_of_several_processes_are_the_committed_results(name, columns):
+    text = (ROOT / "benchmarks" / "results" / f"{name}.csv").read_text(encoding="utf-8")
+    lines = (ROOT / "docs" / "processes.md").read_text(encoding="utf-8").splitlines()
+    for row in csv.DictReader(text.splitlines()):
+        assert f"| {' | '.join(row[column] for column in columns)} |" in lines
