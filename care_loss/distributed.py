@@ -6,6 +6,7 @@ processes, so that a mistake on one of them is an error on all, and none waits f
 
 import math
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,8 +58,7 @@ def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -
     _checks.rows(x)
     if not _several(process_group):
         return x
-    sizes = _sizes("x", x, process_group)
-    gathered: Tensor = _AllGather.apply(x, process_group, sizes)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _eager(_gather_rows)(x, process_group)
     return gathered
 
 
@@ -108,9 +108,7 @@ def info_nce_loss(
     _checks.reduction(reduction)
     if not _several(process_group):
         return functional.info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
-    # Compiled code would not read the sizes, and a compiled plain composition keeps all products.
-    call = torch.compiler.disable(_losses) if torch.compiler.is_compiling() else _losses
-    losses: Tensor = call(z1, z2, temperature, process_group)
+    losses: Tensor = _eager(_losses)(z1, z2, temperature, process_group)
     return losses.mean() if reduction == "mean" else losses
 
 
@@ -149,6 +147,12 @@ def _several(group: Any) -> bool:
     return dist.get_world_size(group) > 1
 
 
+def _eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep a function out of compiled code, which could not use the sizes that it reads."""
+    compiling = torch.compiler.is_compiling()
+    return torch.compiler.disable(function) if compiling else function
+
+
 def _sizes(name: str, x: Tensor, group: Any) -> list[int]:
     """Compare the rows of all processes, and return how many each of them has."""
     shape = torch.tensor(
@@ -161,17 +165,20 @@ def _sizes(name: str, x: Tensor, group: Any) -> list[int]:
 
 def _gather(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
     """Return the rows of all processes, which have as many as `sizes` says."""
-    longest = max(sizes)
-    padded = torch.cat((x, x.new_empty(longest - len(x), *x.shape[1:])))
-    gathered = x.new_empty(len(sizes) * longest, *x.shape[1:])
-    # As bytes, because not every backend knows every dtype.
-    # Its newer name is that of torch 2.13.
+    longest, row = max(sizes), x.shape[1:]
+    padded = x.contiguous()
+    if len(x) < longest:
+        padded = x.new_empty(longest, *row)
+        padded[: len(x)] = x
+    gathered = x.new_empty(len(sizes) * longest, *row)
+    # The second name is that before torch 2.13. Not every backend knows every dtype, so: bytes.
     into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     into(_bytes(gathered), _bytes(padded), group=group)
     if min(sizes) == longest:
         return gathered
-    parts = gathered.split(longest)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+    parts = zip(gathered.split(longest), sizes, strict=True)
+    with without_autocast(x):
+        return torch.cat([part[:n] for part, n in parts])
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -183,6 +190,12 @@ def _own(sizes: list[int], group: Any) -> slice:
     rank = dist.get_rank(group)
     first = sum(sizes[:rank])
     return slice(first, first + sizes[rank])
+
+
+def _gather_rows(x: Tensor, group: Any) -> Tensor:
+    sizes = _sizes("x", x, group)
+    gathered: Tensor = _AllGather.apply(x, group, sizes)  # type: ignore[no-untyped-call]
+    return gathered
 
 
 # Each of the two is the other's derivative, so derivatives of every order are right.

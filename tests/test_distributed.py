@@ -340,6 +340,8 @@ def gathering(rank, world):
         assert torch.equal(all_gather(x[rank].to(dtype)), x.flatten(0, 1).to(dtype))
     rows = [torch.full((k, 2), float(k)) for k in range(world)]  # one of them has none
     assert torch.equal(all_gather(rows[rank]), torch.cat(rows))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(all_gather(rows[rank].half()), torch.cat(rows).half())
     assert torch.equal(all_gather(x[rank].mT), x.mT.flatten(0, 1))  # not contiguous
     # The backward sums over processes, here with another weight on each.
     for part in (x[rank], rows[rank].double()):
@@ -427,18 +429,19 @@ def test_a_mistake_on_one_process_is_an_error_on_all(two):
 def missing(rank, rendezvous, how):
     options = {"rank": rank, "world_size": 2, "init_method": f"file://{rendezvous}"}
     dist.init_process_group("gloo", **options)
-    group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=3))
+    group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=6))
+    dist.barrier()  # the short timeout is not for the start
     z1, z2 = torch.randn(2, 4, 5)
     distributed.info_nce_loss(z1, z2, process_group=group)
     dist.barrier()
     if rank == 1:
         if how == "sleeps":
-            time.sleep(10)
+            time.sleep(16)
         return
     begin = time.monotonic()
     with pytest.raises(RuntimeError):
         distributed.info_nce_loss(z1, z2, process_group=group)
-    assert time.monotonic() - begin < 9
+    assert time.monotonic() - begin < 15
 
 
 @pytest.mark.parametrize("how", ["stops", "sleeps"])
@@ -518,11 +521,13 @@ def compiled(rank, world):
     criterion = CAREloss(chunks=2, shared_views=True, gather_distributed=True)
     expected = criterion(*z)
     (expected_grad,) = torch.autograd.grad(expected, z)
-    step = torch.compile(lambda z: criterion(*(2 * z)))
+    step = torch.compile(lambda z: criterion(*(2 * z)), backend="aot_eager")
     loss = step(z)
     (grad,) = torch.autograd.grad(loss, z)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, expected_grad)
+    rows = torch.compile(lambda x: all_gather(2 * x).sum(0), backend="aot_eager")
+    assert torch.equal(rows(torch.ones(2, 3)), torch.full((3,), 4.0 * world))
 
 
 def test_compiled_steps(two):

@@ -194,7 +194,7 @@ LINES_OF_CODE = {  # at most; what has no entry may have 30
     "_kernels.info_nce": 245,
     "_kernels.paths": 45,
     "_numerics": 40,
-    "distributed": 165,
+    "distributed": 175,
     "functional": 145,
     "metrics.__init__": 40,
     "metrics._frequencies": 50,
