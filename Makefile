@@ -61,7 +61,7 @@ test-wheel: wheel  ## test the wheel in an environment of its own
 		| grep site-packages
 	cd build/wheel && venv/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup $(WHEEL_TESTS:%=tests/test_%.py)
 
-bench: $(VENV)/.bench  ## the losses, rotations, measures, the sphere, and where others fail; make bench ARGS=--quick
+bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/operations.py $(ARGS)
 	$(RUN) benchmarks/precision.py $(ARGS)
 	$(RUN) benchmarks/contrastive.py $(ARGS)
@@ -70,6 +70,7 @@ bench: $(VENV)/.bench  ## the losses, rotations, measures, the sphere, and where
 	$(RUN) benchmarks/care.py $(ARGS)
 	$(RUN) benchmarks/step.py $(ARGS)
 	$(RUN) benchmarks/chunks.py $(ARGS)
+	$(RUN) benchmarks/distributed.py $(ARGS)
 	$(RUN) benchmarks/metrics.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/procrustes_gradients.py

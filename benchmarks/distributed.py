@@ -29,6 +29,7 @@ from measuring import Row, leaves, megabytes, once, parser, ratio_columns, repor
 from rivals import import_torchvision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from care_loss import distributed
 from care_loss.functional import info_nce_loss
@@ -38,17 +39,8 @@ SIZES = [(256, 128), (1024, 128), (4096, 128)]  # N rows of each view on a proce
 WORLDS = [1, 2, 4]
 LARGEST = 8192  # samples of all processes that contenders with a matrix of products are given
 CONTENDERS = ["care_loss", "care_loss, all_gather", "lightly", "open_clip", "open_clip, local_loss"]
-RECEIVED = {  # of what a collective is given, what a process receives in a ring of W
-    "allgather_": lambda size, world: size * (world - 1) / world,
-    "_allgather_base_": lambda size, world: size * (world - 1) / world,
-    "allreduce_": lambda size, world: 2 * size * (world - 1) / world,
-    "reduce_scatter_": lambda size, world: size * (world - 1) / world,
-    "_reduce_scatter_base_": lambda size, world: size * (world - 1) / world,
-    "alltoall_": lambda size, world: size * (world - 1) / world,
-    "alltoall_base_": lambda size, world: size * (world - 1) / world,
-    "reduce_": lambda size, world: size * (world - 1) / world,
-    "broadcast_": lambda size, world: size,
-}
+# Of the bytes that a collective gives to each process, how many times it receives those of others.
+RECEIVED = {"allgather_": 1, "_allgather_base_": 1, "allreduce_": 2}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -64,30 +56,13 @@ class Received(TorchDispatchMode):
     ) -> Any:
         if function.namespace == "c10d":
             name = function.overloadpacket.__name__
+            given = sum(x.nbytes for x in tree_leaves(args[0]))
             if name == "scatter_":  # gloo's all-to-all: one part from each of the others
-                self.bytes += 0 if args[1] else args[0][0].nbytes
+                self.bytes += 0 if args[1] else given
             else:
-                size = sum(x.nbytes for x in largest(args))
-                self.bytes += RECEIVED[name](size, dist.get_world_size())
+                world = dist.get_world_size()
+                self.bytes += RECEIVED[name] * given * (world - 1) / world
         return function(*args, **(kwargs or {}))
-
-
-def largest(args: Any) -> list[Tensor]:
-    """Return the larger of the tensors that a collective reads and writes."""
-    lists: list[list[Tensor]] = []
-
-    def collect(x: Any) -> None:
-        if isinstance(x, Tensor):
-            lists.append([x])
-        elif isinstance(x, (list, tuple)):
-            if x and all(isinstance(y, Tensor) for y in x):
-                lists.append(list(x))
-            else:
-                for y in x:
-                    collect(y)
-
-    collect(args)
-    return max(lists, key=lambda found: sum(x.nbytes for x in found))
 
 
 def contenders(world: int) -> dict[str, Loss]:
@@ -137,7 +112,8 @@ def process(
     options = {"rank": rank, "world_size": world, "timeout": timeout}
     dist.init_process_group("gloo", init_method=f"file://{group}", **options)
     tensor = {"device": "cpu", "dtype": torch.float32}
-    losses = {name: contenders(world)[name] for name in names}
+    every = contenders(world)
+    losses = {name: every[name] for name in names}
     for name, loss in losses.items():
         step(loss, 64, d, **tensor)
         found: Row = {"MB": megabytes(partial(step, loss, n, d, **tensor), "cpu")}

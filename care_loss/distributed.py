@@ -16,14 +16,20 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks, functional
-from care_loss._kernels.info_nce import gradient_among, losses_among
+from care_loss._kernels.info_nce import (
+    gradient_among,
+    gradients_of_inputs,
+    losses_among,
+    save,
+    second_derivatives,
+    temperature_of,
+)
 from care_loss._kernels.paths import (
     Input,
     Plain,
     by_hand,
     is_batch_of_gradients,
     need_gradient,
-    plain_gradients,
 )
 from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, without_autocast
@@ -134,8 +140,7 @@ def assert_seeds_differ(*, process_group: "dist.ProcessGroup | None" = None) -> 
     backend = dist.get_backend(process_group)
     device = "cpu" if backend in ("gloo", "mpi") else torch.accelerator.current_accelerator()
     state = torch.tensor([zlib.crc32(bytes(torch.get_rng_state().tolist()))], device=device)
-    ranks = range(dist.get_world_size(process_group))
-    states = _gather(state, process_group, [1 for _ in ranks])
+    states = _gather(state, process_group, [1] * dist.get_world_size(process_group))
     _checks.different_seeds(states.tolist())
 
 
@@ -268,29 +273,21 @@ class _InfoNCE(Function):
         losses, total, share = losses_among(u, own, temperature)
         found = _gather(torch.stack((losses.flatten(), total.flatten()), -1), group, rows)
         if derive:
-            is_tensor = isinstance(temperature, Tensor)
-            ctx.own, ctx.sizes, ctx.plain = own, sizes, plain
-            ctx.temperature = None if is_tensor else temperature
-            kept = u, length[own], found[:, 1], share
-            ctx.save_for_backward(z1, z2, temperature if is_tensor else None, *kept)
+            ctx.own, ctx.sizes = own, sizes
+            save(ctx, z1, z2, temperature, plain, u, length[own], found[:, 1], share)
         by_rank = found[:, 0].to(u.dtype).split(rows)
         return torch.cat([part.view(2, -1) for part in by_rank], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        z1, z2, temperature, u, length, total, share = ctx.saved_tensors
-        temperature = ctx.temperature if temperature is None else temperature
+        *inputs, u, length, total, share = ctx.saved_tensors
         nothing = (None,) * 4
         if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
-            inputs, needed = (z1, z2, temperature), ctx.needs_input_grad[:3]
-            return *plain_gradients(ctx.plain, inputs, needed, gradient), *nothing
+            return *second_derivatives(ctx, inputs, gradient), *nothing
         # The processes have the same loss, and each adds up its gradients: W times those of one.
         gradient = gradient * len(ctx.sizes)
         weights = torch.cat([part.flatten() for part in gradient.split(ctx.sizes, -1)])
+        temperature = temperature_of(ctx, inputs)
         by_row = gradient_among(u, ctx.own, temperature, total, share, weights)
-        by_row, along = gradient_of_rows(by_row, u[ctx.own], length)
-        first, second = by_row.to(z1.dtype).chunk(2)
-        of_temperature = None
-        if ctx.needs_input_grad[2]:
-            of_temperature = (along.sum() / (-2 * temperature)).to(temperature)
-        return first, second, of_temperature, *nothing
+        rows = gradient_of_rows(by_row, u[ctx.own], length)
+        return *gradients_of_inputs(ctx, inputs, *rows), *nothing

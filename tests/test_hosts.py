@@ -129,7 +129,7 @@ LIGHTLY += ["moco_before", "moco_care", "barlow_before", "barlow_care"]
 
 
 @pytest.mark.parametrize("name", LIGHTLY)
-def test_lightly_trains_with_each_form(name, needs, run, lightly_loss):
+def test_lightly_trains_with_each_form(name, run, lightly_loss):
     found, lines = run(EXAMPLES / "lightly" / f"{name}.py")
     assert len(lines) == 2  # 128 images in batches of 64
     if name.endswith("before"):

@@ -14,7 +14,8 @@ The gradient of Σ g_i ℓ_i with respect to u is W u / τ. W is symmetric and 0
 
 The dense form keeps one matrix and finds the gradient in the forward. The tiled form keeps none: it
 visits the tiles on and above the diagonal, in the forward for the sums and again in the backward,
-and each tile serves both its rows and its columns.
+and each tile serves both its rows and its columns. If the rows belong to several processes, each
+compares its own with all others in the same way (:func:`losses_among`, :func:`gradient_among`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -85,15 +86,15 @@ class _Dense(Function):
                 gradient = scores @ u
                 _add_positives(gradient, u, share.sum(-2))
                 gradient.div_(temperature).div_(max(losses.numel(), 1))
-                _save(ctx, z1, z2, temperature, plain, *gradient_of_rows(gradient, u, length))
+                save(ctx, z1, z2, temperature, plain, *gradient_of_rows(gradient, u, length))
         return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, by_row, along = ctx.saved_tensors  # once: checkpoints allow no more
         if torch.is_grad_enabled():
-            return _second_derivatives(ctx, inputs, gradient)
-        return _gradients(ctx, inputs, by_row * gradient, along * gradient)
+            return *second_derivatives(ctx, inputs, gradient), None, None
+        return *gradients_of_inputs(ctx, inputs, by_row * gradient, along * gradient), None, None
 
 
 class _Tiled(Function):
@@ -112,15 +113,15 @@ class _Tiled(Function):
                 _log_sums(rows, temperature, out=sums)
         losses, total, share = _losses(positive, negative.unflatten(-1, (2, n)))
         if derive:
-            _save(ctx, z1, z2, temperature, plain, u, length, total, share)
+            save(ctx, z1, z2, temperature, plain, u, length, total, share)
         return losses.to(u.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, u, length, total, share = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
-            return _second_derivatives(ctx, inputs, gradient)
-        temperature, n = _temperature(ctx, inputs), total.shape[-1]
+            return *second_derivatives(ctx, inputs, gradient), None, None
+        temperature, n = temperature_of(ctx, inputs), total.shape[-1]
         gradient, scale = _without_scale(gradient)
         by_row = torch.zeros_like(u)
         with without_autocast(u):
@@ -134,7 +135,7 @@ class _Tiled(Function):
                 _weighted_sums(rows, temperature, t, g, out=out)
         _add_positives(by_row, u, (gradient * share).sum(-2).to(u.dtype))
         by_row.div_(temperature).mul_(scale)
-        return _gradients(ctx, inputs, *gradient_of_rows(by_row, u, length))
+        return *gradients_of_inputs(ctx, inputs, *gradient_of_rows(by_row, u, length)), None, None
 
 
 def losses_among(u: Tensor, own: slice, temperature: Input) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,39 +229,40 @@ def _add_positives(gradient: Tensor, u: Tensor, share: Tensor) -> None:
     gradient.unflatten(-2, pairs).addcmul_(share, other, value=-1)
 
 
-def _save(
+def save(
     ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, *found: Tensor
 ) -> None:
+    """Keep the arguments of a loss for its backward, and what the forward found."""
     is_tensor = isinstance(temperature, Tensor)
     ctx.temperature, ctx.plain = None if is_tensor else temperature, plain
     ctx.save_for_backward(z1, z2, temperature if is_tensor else None, *found)
 
 
-def _temperature(ctx: Any, inputs: Sequence[Tensor | None]) -> Input:
+def temperature_of(ctx: Any, inputs: Sequence[Tensor | None]) -> Input:
+    """Return the temperature, from what :func:`save` has kept."""
     temperature: Input = ctx.temperature if inputs[2] is None else inputs[2]
     return temperature
 
 
-def _gradients(
+def gradients_of_inputs(
     ctx: Any, inputs: Sequence[Tensor], by_row: Tensor, along: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the arguments, from that of the rows of both views.
+    """Return the gradients of the two views and the temperature, from that of the rows of both.
 
     The loss depends on u_i · u_j / τ only: the gradient of τ follows from those of the rows.
     """
     z1, _, temperature = inputs
     first, second = by_row.to(z1.dtype).chunk(2, -2)
     if not ctx.needs_input_grad[2]:
-        return first, second, None, None, None
-    return first, second, (along.sum() / (-2 * temperature)).to(temperature), None, None
+        return first, second, None
+    return first, second, (along.sum() / (-2 * temperature)).to(temperature)
 
 
-def _second_derivatives(
-    ctx: Any, inputs: Sequence[Tensor], gradient: Tensor
-) -> tuple[Tensor | None, ...]:
-    arguments = (*inputs[:2], _temperature(ctx, inputs))
+def second_derivatives(ctx: Any, inputs: Sequence[Tensor], gradient: Tensor) -> list[Tensor | None]:
+    """Return gradients of the two views and the temperature that have derivatives themselves."""
+    arguments = (*inputs[:2], temperature_of(ctx, inputs))
     needed = ctx.needs_input_grad[:3]
-    return *plain_gradients(ctx.plain, arguments, needed, gradient), None, None
+    return plain_gradients(ctx.plain, arguments, needed, gradient)
 
 
 def _tiles(u: Tensor, temperature: Input) -> Iterator[tuple[Tensor, slice, slice, int]]:
