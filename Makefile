@@ -10,7 +10,7 @@ PROCESSES ?= 2
 export OMP_WAIT_POLICY ?= passive
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help demo test test-deep test-hosts test-wheel format lint wheel bench bench-cuda clean
+.PHONY: help demo docs docs-serve test test-deep test-hosts test-wheel format lint wheel bench bench-cuda clean
 .NOTPARALLEL:
 
 help:  ## print the commands
@@ -18,6 +18,14 @@ help:  ## print the commands
 
 demo: $(VENV)/.examples  ## turn the hue of photographs: train seven arms and print the table
 	$(RUN) docs/examples/photos.py $(ARGS)
+
+docs: $(VENV)/.docs  ## build the site into build/docs; warnings are errors
+	rm -rf build/docs
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "open build/docs/index.html"
+
+docs-serve: docs  ## build the site and show it at http://localhost:8000
+	$(RUN) -m http.server --directory build/docs --bind localhost
 
 test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part of them
 	$(RUN) -m pytest --numprocesses $(PROCESSES) --dist loadgroup $(ARGS)
@@ -73,7 +81,7 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/distributed.py $(ARGS)
 	$(RUN) benchmarks/metrics.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
-	$(RUN) benchmarks/procrustes_gradients.py
+	$(RUN) benchmarks/failures.py
 	$(RUN) benchmarks/sphere.py $(ARGS)
 
 # On a machine with a torch of its own: make bench-cuda RUN=python3, and nothing is installed.
