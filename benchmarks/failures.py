@@ -329,7 +329,7 @@ def second_derivative_at_zero(loss: Callable[[Tensor, Tensor, int], Tensor]) -> 
 
 def cases() -> list[Case]:
     """All cases, in the order of the table."""
-    views = torch.randn(2, 256, 128, generator=generator())
+    views = torch.randn(2, 128, 128, generator=generator())
     near = torch.stack((views[0], F.normalize(views[0], dim=-1) + 0.09 * views[1]))
     refused = {"SVD with autograd": "refused", "roma": "refused", "geomstats": "refused"}
     overflow = {"authors": "NaN"}
@@ -398,8 +398,8 @@ def cases() -> list[Case]:
                 ("float32", 1e-3, 0.02, dict.fromkeys(CONTRASTIVE, "wrong")),
                 ("float32", 1e-3, 0.0112, dict.fromkeys(CONTRASTIVE, "wrong") | overflow),
                 ("float32", 1e-3, 0.005, dict.fromkeys(CONTRASTIVE, "wrong") | overflow),
-                ("bfloat16", 1e-2, 0.5, {}),
-                ("bfloat16", 1e-2, 0.07, dict.fromkeys(CONTRASTIVE, "wrong")),
+                ("bfloat16", 2e-2, 0.5, {}),
+                ("bfloat16", 2e-2, 0.07, dict.fromkeys(CONTRASTIVE, "wrong")),
                 ("float16", 1e-2, 0.5, {}),
                 ("float16", 1e-2, 0.07, overflow),
             )
