@@ -12,7 +12,7 @@ tolerance. A library that offers the function gets one of these results:
 * refused: the library raises an error. If the input has an answer, it is not found; but nobody gets
   a wrong number.
 
-`promise` says what the documentation of the library promises for the case. The script fails unless
+`promise` says what the documentation of the others promises for the case. The script fails unless
 care_loss is right in every case, and the others have the results that are listed here: a library
 that is mended makes itself heard. Those that are not installed are left out. (geomstats 2.8 needs
 NumPy 2.3 or older: install it with `pip install geomstats "numpy<2.4"` in an environment of its
@@ -43,25 +43,19 @@ from care_loss.rotation import fit_rotation, nearest_orthogonal, random_orthogon
 
 Nearest = Callable[[Tensor], Tensor]  # a matrix to the nearest rotation
 Loss = Callable[..., Tensor]
-PROMISES = {
-    "care_loss": "",
-    "authors": "research code, for float32 embeddings and the temperatures of the paper",
-    "geomstats": "“Project a matrix on SO(n) by minimizing the Frobenius norm.”",
-    "lightly": "an error for temperatures below 1e-8; nothing on precision",
-    "plain autograd": "the formula in PyTorch operations",
-    "pytorch-metric-learning": "nothing on precision",
-    "roma": "the nearest rotation; a gradient damped by `gradient_eps=1e-5`",
-    "SciPy": "`ValueError` if the arrays contain NaN; no gradients",
-    "SVD with autograd": "a finite gradient for singular values that are distinct and not 0",
-    "torchmetrics": "“Works similar scipy.spatial.procrustes but for batches”",
-}
+SVD = "PyTorch: gradients of U and V are finite for distinct singular values that are not 0"
+DAMPED = "roma: a derivative that `gradient_eps=1e-5` damps. geomstats: nothing on gradients"
+TEMPERATURE = (
+    "lightly: an error below 1e-8. Others: nothing; the paper has temperatures of 0.2 and 0.5"
+)
 
 
 class Case(NamedTuple):
-    """A question, the answer, how to ask each library for its error, and who is not right."""
+    """A question with its answer, how to ask each library for its error, and who is not right."""
 
     question: str
     answer: str
+    promise: str  # what the others promise
     tolerance: float
     ask: dict[str, Callable[[], float]]
     others: dict[str, str]
@@ -234,7 +228,7 @@ def with_gradient(loss: Loss, *views: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), torch.cat(torch.autograd.grad(value, leaves))
 
 
-def of_info_nce(temperature: float, views: Tensor) -> dict[str, Callable[[], float]]:
+def info_nce(temperature: float, views: Tensor) -> dict[str, Callable[[], float]]:
     """The larger of the relative errors of value and gradient, judged by float64."""
 
     def exact(z1: Tensor, z2: Tensor) -> Tensor:
@@ -327,16 +321,13 @@ def second_derivative_at_zero(loss: Callable[[Tensor, Tensor, int], Tensor]) -> 
     return relative(found, (ahead - behind) / (2 * step))
 
 
-def cases() -> list[Case]:
-    """All cases, in the order of the table."""
-    views = torch.randn(2, 128, 128, generator=generator())
-    near = torch.stack((views[0], F.normalize(views[0], dim=-1) + 0.09 * views[1]))
+def of_rotations() -> list[Case]:
     refused = {"SVD with autograd": "refused", "roma": "refused", "geomstats": "refused"}
-    overflow = {"authors": "NaN"}
     return [
         Case(
             "gradient at a rotation, as of a perfectly equivariant encoder",
             "(G − QGᵀQ) / 2",
+            f"{SVD}. {DAMPED}",
             1e-4,
             each(gradient_at_a_multiple_of_a_rotation(1.0)),
             {"SVD with autograd": "NaN", "geomstats": "wrong"},
@@ -344,6 +335,7 @@ def cases() -> list[Case]:
         Case(
             "gradient at 1e-6 times a rotation",
             "1e6 times that",
+            f"{SVD}. {DAMPED}",
             1e-4,
             each(gradient_at_a_multiple_of_a_rotation(1e-6)),
             {"SVD with autograd": "NaN", "roma": "wrong", "geomstats": "NaN"},
@@ -351,6 +343,7 @@ def cases() -> list[Case]:
         Case(
             "gradient where two singular values are equal",
             "a closed form",
+            f"{SVD}. {DAMPED}",
             1e-4,
             each(gradient_where_two_values_repeat),
             {"SVD with autograd": "wrong", "geomstats": "wrong"},
@@ -358,6 +351,7 @@ def cases() -> list[Case]:
         Case(
             "gradient of a fit to 16 rows in 128 dimensions",
             "central differences in float64",
+            f"{SVD}. {DAMPED}",
             1e-4,
             {name: lambda mapped=mapped: few_rows(mapped) for name, mapped in FEW_ROWS.items()},
             {"SVD with autograd": "NaN", "geomstats": "NaN"},
@@ -365,6 +359,7 @@ def cases() -> list[Case]:
         Case(
             "nearest rotation to a float32 matrix of 512 dimensions, determinant < 0",
             "a rotation",
+            "roma, geomstats: the nearest rotation. The textbook: a sign from `det`",
             1e-4,
             each(rotation_nearest_to_a_large_reflection),
             {"SVD with autograd": "wrong", "roma": "wrong", "geomstats": "wrong"},
@@ -372,6 +367,7 @@ def cases() -> list[Case]:
         Case(
             "NaN in one item of a batch of fits",
             "NaN for this item only",
+            "SciPy: `ValueError`. PyTorch: an error of `svd`. torchmetrics: a warning, and 0 for the batch",
             1e-4,
             each(nan_in_one_item)
             | {"torchmetrics": nan_in_one_cloud_of_torchmetrics, "SciPy": nan_for_scipy},
@@ -380,16 +376,26 @@ def cases() -> list[Case]:
         Case(
             "nearest rotation to a float16 matrix",
             "to the rounding of float16",
+            "PyTorch: `svd` takes no half types",
             2**-10,
             each(half_precision),
             refused,
         ),
+    ]
+
+
+def of_info_nce() -> list[Case]:
+    views = torch.randn(2, 128, 128, generator=generator())
+    near = torch.stack((views[0], F.normalize(views[0], dim=-1) + 0.09 * views[1]))
+    overflow = {"authors": "NaN"}
+    return [
         *(
             Case(
                 f"InfoNCE of near positives in {name}, temperature {temperature}",
                 "float64 of the same rows",
+                TEMPERATURE if name == "float32" else "nothing on half types",
                 tolerance,
-                of_info_nce(temperature, near.to(getattr(torch, name))),
+                info_nce(temperature, near.to(getattr(torch, name))),
                 others,
             )
             for name, tolerance, temperature, others in (
@@ -407,14 +413,21 @@ def cases() -> list[Case]:
         Case(
             "InfoNCE with a row of zeros",
             "a gradient at most 1,000 times as long as the others",
+            "`normalize` of PyTorch divides by the larger of the length and 1e-12",
             1.0,
             row_of_zeros(views),
             dict.fromkeys(CONTRASTIVE, "wrong"),
         ),
-        Case("InfoNCE with NaN in a row", "NaN", 0.5, nan_in_a_row(), {}),
+        Case("InfoNCE with NaN in a row", "NaN", "nothing", 0.5, nan_in_a_row(), {}),
+    ]
+
+
+def of_equivariance() -> list[Case]:
+    return [
         Case(
             "equivariance gradient near its minimum, under bfloat16 autocast",
             "float64",
+            "nothing; the published training is in float32",
             1e-2,
             equivariance(gradient_under_autocast),
             {"authors": "wrong"},
@@ -422,6 +435,7 @@ def cases() -> list[Case]:
         Case(
             "equivariance loss of 250 rows in 16 chunks",
             "depends on all rows",
+            "nothing; the published batches fill their chunks",
             0.5,
             equivariance(rows_that_fill_no_chunk),
             {"authors": "wrong"},
@@ -429,11 +443,19 @@ def cases() -> list[Case]:
         Case(
             "second derivative of the equivariance loss at 0",
             "a difference of gradients",
+            "nothing; training needs first derivatives",
             1e-4,
             equivariance(second_derivative_at_zero),
             {"authors": "NaN"},
         ),
     ]
+
+
+SUBJECTS = {
+    "rotations": of_rotations,
+    "InfoNCE": of_info_nce,
+    "equivariance": of_equivariance,
+}
 
 
 def result(ask: Callable[[], float], tolerance: float) -> tuple[str, str]:
@@ -461,7 +483,7 @@ def version_of(library: str) -> str:
 def measure() -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     surprises = []
-    for case in cases():
+    for subject, case in [(name, case) for name, cases in SUBJECTS.items() for case in cases()]:
         for library, ask in sorted(case.ask.items(), key=lambda item: item[0] != "care_loss"):
             release = torch.__version__ if library in FORMULAS else version_of(library)
             if not release:
@@ -469,13 +491,14 @@ def measure() -> tuple[list[Row], list[str]]:
             found, error = result(ask, case.tolerance)
             rows.append(
                 {
+                    "subject": subject,
                     "case": case.question,
                     "right answer": case.answer,
                     "library": library,
                     "version": release,
                     "result": found,
                     "error": error,
-                    "promise": PROMISES[library],
+                    "promise": case.promise,
                 }
             )
             if found != case.others.get(library, "right"):
