@@ -367,7 +367,7 @@ def of_rotations() -> list[Case]:
         Case(
             "NaN in one item of a batch of fits",
             "NaN for this item only",
-            "SciPy: `ValueError`. PyTorch: an error of `svd`. torchmetrics: a warning, and 0 for the batch",
+            "SciPy, PyTorch: an error. torchmetrics: a warning, and 0 for the batch",
             1e-4,
             each(nan_in_one_item)
             | {"torchmetrics": nan_in_one_cloud_of_torchmetrics, "SciPy": nan_for_scipy},

@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import inspect
 import re
 import subprocess
 import sys
@@ -262,16 +261,6 @@ def test_the_readmes_first_example_is_short_and_has_one_statement_per_line():
     statements = [n for n in ast.walk(ast.parse(first)) if isinstance(n, ast.stmt)]
     assert len({statement.lineno for statement in statements}) == len(statements)
     assert not any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Tuple) for n in statements)
-
-
-def test_the_constructors_in_the_readme_have_their_defaults():
-    (block,) = [b for b in blocks(ROOT / "README.md") if "EquivarianceLoss(" in b]
-    calls = [n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call)]
-    shown = {c.func.id: {k.arg: ast.literal_eval(k.value) for k in c.keywords} for c in calls}
-    assert shown.keys() == {"CAREloss", "EquivarianceLoss", "InfoNCELoss"}
-    for name, arguments in shown.items():
-        parameters = inspect.signature(getattr(care_loss, name)).parameters.values()
-        assert list(arguments.items()) == [(p.name, p.default) for p in parameters]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
