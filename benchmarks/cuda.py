@@ -388,11 +388,13 @@ SECTIONS = {
 
 def figure(path: Path, rows: list[Row]) -> None:
     """Draw the ratio to the floor of NT-Xent against N, for D = 128 or the only D there is."""
+    import matplotlib.style
     from matplotlib.figure import Figure
 
+    matplotlib.style.use(Path(__file__).parent.parent / "docs" / "style.mplstyle")
     points = [row for row in rows if row["section"] == "NT-Xent" and row["ratio to floor"]]
     shown = 128 if any(row["D"] == 128 for row in points) else points[0]["D"]
-    fig = Figure(figsize=(10, 3.5), layout="constrained")
+    fig = Figure(figsize=(10, 3.5))
     for ax, precision in zip(fig.subplots(1, 3, sharey=True), PRECISIONS, strict=True):
         some = [row for row in points if row["precision"] == precision and row["D"] == shown]
         for name in dict.fromkeys(row["contender"] for row in some):
@@ -402,8 +404,8 @@ def figure(path: Path, rows: list[Row]) -> None:
         ax.set(xscale="log", yscale="log", xlabel="N", title=precision)
         ax.spines[["top", "right"]].set_visible(False)
     fig.axes[0].set_ylabel("time, in units of the floor")
-    fig.axes[-1].legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=150)
+    fig.axes[-1].legend(fontsize=8)
+    fig.savefig(path)
 
 
 COLUMNS = ("section", "N", "rows", "D", "chunks", "precision", "contender", "µs", "µs_low")

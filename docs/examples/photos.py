@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import kornia.augmentation as K
+import matplotlib.style
 import torch
 import torch.nn.functional as F
 from care_loss import CAREloss, InfoNCELoss
@@ -82,9 +83,9 @@ ORDINARY = ["transformation", "verdict", "gap_ratio", "gap_ratio_standard_error"
 ORDINARY += ["rotation_share", "share_above_chance", "linear_share"]
 ORDINARY += ["invariance_error", "invariance_error_shuffled"]
 COMPARED = ["SimCLR with hue", "SimCLR without hue", "CARE, four forwards", "CARE, three forwards"]
-GREY, COLOURS = "#8a8f98", {"CARE, three forwards": "#14746f", "CARE, uniformity": "#36a39a"}
-COLOURS |= {"placebo, three forwards": "#d97706", "placebo, uniformity": "#d97706"}
-ARROW = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.3", "color": "#57606a"}
+GREY, COLOURS = "C5", {"CARE, three forwards": "C0", "CARE, uniformity": "C2"}
+COLOURS |= {"placebo, three forwards": "C1", "placebo, uniformity": "C1"}
+ARROW = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.3", "color": "C5"}
 
 
 def photographs() -> Iterator[Tensor]:
@@ -483,7 +484,8 @@ def figure(
     path: Path, patch: Tensor, results: dict[str, Measures], runs: list[list[dict[str, str]]]
 ) -> None:
     """Draw the turns, what they do to the embeddings, and the gap ratios of all seeds."""
-    fig = Figure(figsize=(10, 4), facecolor="white", layout="constrained")
+    matplotlib.style.use(Path(__file__).parent.parent / "style.mplstyle")
+    fig = Figure(figsize=(10, 4))
     left, middle, right = fig.subfigures(1, 3, width_ratios=(1, 2, 1.7))
     ring_of_hues(left.subplots(), patch)
     names = ["SimCLR without hue", "placebo, three forwards", "CARE, three forwards"]
@@ -492,7 +494,7 @@ def figure(
     axes[0].set_ylabel("eigen-angles of the rotation (degrees)")
     axes[1].set_xlabel("θ (degrees)")
     gap_ratios(right.subplots(), runs)
-    fig.savefig(path, dpi=150)
+    fig.savefig(path)
 
 
 def load_patches() -> tuple[Tensor, Tensor]:
