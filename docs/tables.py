@@ -7,7 +7,7 @@ A table follows a line `<!-- table: name -->`. A test compares the pages with wh
 
 import csv
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -22,17 +22,14 @@ def read(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
 def pivot(rows: list[Row], across: str, cell: Callable[[Row], str], *keys: str) -> Table:
     """Make a line of the rows that agree in the keys, with a column for each value of `across`."""
-    columns = unique(row[across] for row in rows)
+    found = dict.fromkeys(row[across] for row in rows)
+    columns = sorted(found, key=lambda name: name != "care_loss")
     table = [[*keys, *columns]]
     for key in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
-        found = {row[across]: cell(row) for row in rows if tuple(row[k] for k in keys) == key}
-        table.append([*key, *(found.get(column, "") for column in columns)])
+        cells = {row[across]: cell(row) for row in rows if tuple(row[k] for k in keys) == key}
+        table.append([*key, *(cells.get(column, "") for column in columns)])
     return table
 
 
@@ -64,10 +61,11 @@ def failures(subject: str) -> Table:
     def cell(row: Row) -> str:
         return row["error"] if row["result"] == "wrong" else row["result"]
 
-    rows = [row for row in read("failures") if row["subject"] == subject]
-    table = pivot(rows, "library", cell, "case", "right answer", "promise")
-    # What the others promise goes last.
-    return [[*line[:2], *line[3:], line[2]] for line in table]
+    def question(row: Row) -> str:
+        return f"**{row['case']}**<br>right: {row['right answer']}<br>promised: {row['promise']}"
+
+    rows = [row | {"case": question(row)} for row in read("failures") if row["subject"] == subject]
+    return pivot(rows, "library", cell, "case")
 
 
 def versions() -> Table:
