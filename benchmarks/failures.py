@@ -43,7 +43,7 @@ from care_loss.rotation import fit_rotation, nearest_orthogonal, random_orthogon
 
 Nearest = Callable[[Tensor], Tensor]  # a matrix to the nearest rotation
 Loss = Callable[..., Tensor]
-DAMPED = "PyTorch: finite for distinct singular values. roma: damped by `gradient_eps`. geomstats: nothing"
+DAMPED = "PyTorch: for distinct singular values. roma: damped by `gradient_eps`. geomstats: nothing"
 TEMPERATURE = (
     "lightly: an error below 1e-8. Others: nothing; the paper has temperatures of 0.2 and 0.5"
 )
