@@ -8,21 +8,31 @@ A table follows a line `<!-- table: name -->`. A test compares the pages with wh
 import csv
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-RESULTS = DOCS.parent / "benchmarks" / "results"
+BENCHMARKS = DOCS.parent / "benchmarks" / "results"
+EXAMPLES = DOCS / "examples" / "results"
+SEEDS = range(3)
 Row = dict[str, str]
 Table = list[list[str]]  # the first line is the header
+Cell = Callable[[Row], str]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:\n(?:\|.*\n)+)?\n?")
 
 
-def read(name: str) -> list[Row]:
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+def read(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def pivot(rows: list[Row], across: str, cell: Callable[[Row], str], *keys: str) -> Table:
+def results(name: str, **wanted: str) -> list[Row]:
+    """Return the rows of a benchmark, those that have what is wanted."""
+    rows = read(BENCHMARKS / f"{name}.csv")
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def pivot(rows: list[Row], across: str, cell: Cell, *keys: str) -> Table:
     """Make a line of the rows that agree in the keys, with a column for each value of `across`."""
     found = dict.fromkeys(row[across] for row in rows)
     columns = sorted(found, key=lambda name: name != "care_loss")
@@ -33,28 +43,82 @@ def pivot(rows: list[Row], across: str, cell: Callable[[Row], str], *keys: str) 
     return table
 
 
+def listed(rows: list[Row], columns: dict[str, str]) -> Table:
+    """Make a line of each row; the columns are given by their headers."""
+    return [[*columns], *([row[name] for name in columns.values()] for row in rows)]
+
+
+# Speed
+
+
+def duration(milliseconds: float) -> str:
+    if milliseconds < 1000:
+        return f"{milliseconds:.3g} ms"
+    return f"{milliseconds / 1000:.1f} s"
+
+
+def times(name: str, *keys: str, without: tuple[str, ...] = ()) -> Table:
+    """The time of care_loss, and how many times as long the others take."""
+    rows = [row for row in results(name) if row["contender"] not in without]
+    ours = {
+        tuple(row[k] for k in keys): float(row["ms"])
+        for row in rows
+        if row["contender"] == "care_loss"
+    }
+
+    def cell(row: Row) -> str:
+        if row["contender"] == "care_loss":
+            return duration(float(row["ms"]))
+        return f"{float(row['ms']) / ours[tuple(row[k] for k in keys)]:.2g}"
+
+    return pivot(rows, "contender", cell, *keys)
+
+
+def memory() -> Table:
+    def cell(row: Row) -> str:
+        return "" if row["MB"] == "nan" else f"{float(row['MB']):,.0f}"
+
+    return pivot(results("memory-cpu"), "contender", cell, "N", "D")
+
+
+def operations() -> Table:
+    return pivot(
+        results("operations", chunks="16"), "contender", lambda row: row["operations"], "N", "loss"
+    )
+
+
+def processes() -> Table:
+    columns = {"W": "W", "N": "N", "loss": "contender", "ms per step": "ms"}
+    columns |= {"ratio of time": "ratio", "peak memory, MB": "MB", "received, KB": "KB"}
+    return listed(results("distributed-cpu"), columns)
+
+
+def calculated() -> Table:
+    rows = results("distributed-calculated")
+    return listed(rows, {name: name for name in rows[0]})
+
+
+# Accuracy
+
+
 def errors(row: Row) -> str:
     return f"{row['value']} / {row['gradient']}"
 
 
-def temperatures(dtype: str) -> Table:
-    rows = [row for row in read(f"precision-{dtype}") if row["loss"] == "InfoNCE"]
-    return pivot(
-        [row | {"temperature": row["at"]} for row in rows], "contender", errors, "temperature"
-    )
+def temperatures(name: str) -> Table:
+    rows = [row | {"temperature": row["at"]} for row in results(name, loss="InfoNCE")]
+    return pivot(rows, "contender", errors, "temperature")
 
 
-def near_the_minimum(dtype: str, rows_of_a_view: str) -> Table:
-    rows = [row for row in read(f"precision-{dtype}") if row["loss"] == "equivariance"]
-    rows = [row | {"noise": row["at"]} for row in rows if row["N"] == rows_of_a_view]
-    return pivot(rows, "contender", errors, "noise")
+def near_the_minimum(n: str) -> Table:
+    rows = results("precision-cpu", loss="equivariance", N=n)
+    return pivot([row | {"noise": row["at"]} for row in rows], "contender", errors, "noise")
 
 
 def distances() -> Table:
-    rows = [row for row in read("sphere-errors") if row["question"] == "distance, relative error"]
     libraries = ("care_loss", "acos", "acos, clamped", "geoopt", "geomstats", "scipy")
-    table = [["dtype", "angle", *libraries]]
-    return table + [[row["dtype"], row["angle"], *(row[k] for k in libraries)] for row in rows]
+    rows = results("sphere-errors", question="distance, relative error")
+    return listed(rows, {name: name for name in ("dtype", "angle", *libraries)})
 
 
 def failures(subject: str) -> Table:
@@ -64,25 +128,121 @@ def failures(subject: str) -> Table:
     def question(row: Row) -> str:
         return f"**{row['case']}**<br>right: {row['right answer']}<br>promised: {row['promise']}"
 
-    rows = [row | {"case": question(row)} for row in read("failures") if row["subject"] == subject]
-    return pivot(rows, "library", cell, "case")
+    rows = results("failures", subject=subject)
+    return pivot([row | {"case": question(row)} for row in rows], "library", cell, "case")
 
 
 def versions() -> Table:
-    found = {row["library"]: row["version"] for row in read("failures")}
+    found = {row["library"]: row["version"] for row in results("failures")}
     return [["library", "version"], *([name, release] for name, release in found.items())]
 
 
+# Training
+
+
+def seeds(path: str, columns: dict[str, str], *labels: str) -> Table:
+    """Make a line of each arm, whose cells have all seeds."""
+    runs = [read(EXAMPLES / f"{path}-seed{seed}.csv") for seed in SEEDS]
+    table = [[*(labels or ("arm",)), *columns]]
+    for rows in zip(*runs, strict=True):
+        cells = [", ".join(row[name] for row in rows).strip(", ") for name in columns.values()]
+        table.append([*(rows[0][label] for label in labels or ("arm",)), *cells])
+    return table
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
+FREQUENCIES |= {"deviation (rad)": "deviation"}
+NEIGHBOURS = {"kNN, photograph": "kNN"}
 TABLES: dict[str, Callable[[], Table]] = {
-    "temperatures": lambda: temperatures("cpu"),
-    "temperatures-bfloat16": lambda: temperatures("cpu-bfloat16"),
-    "near-the-minimum": lambda: near_the_minimum("cpu", "256"),
-    "near-the-minimum-long": lambda: near_the_minimum("cpu", "2048"),
+    "info-nce-times": partial(
+        times, "contrastive-cpu", "N", "D", without=("pytorch-metric-learning",)
+    ),
+    "info-nce-memory": memory,
+    "growth": lambda: pivot(results("growth"), "contender", lambda row: row["slope"], "quantity"),
+    "equivariance-times": partial(
+        times,
+        "equivariance-cpu",
+        "N",
+        "D",
+        "chunks",
+        without=("care_loss, a leading dimension", "care_loss, second view detached"),
+    ),
+    "care-times": partial(
+        times, "care-cpu", "N", "D", "chunks", without=("care_loss, chunks as ids",)
+    ),
+    "operations": operations,
+    "step": lambda: listed(
+        results("step-cpu"),
+        {
+            "loss": "contender",
+            "images per second": "images/s",
+            "memory at the peak, MB": "MB",
+            "time / lightly's": "ratio",
+        },
+    ),
+    "processes": processes,
+    "processes-calculated": calculated,
+    "temperatures": partial(temperatures, "precision-cpu"),
+    "temperatures-bfloat16": partial(temperatures, "precision-cpu-bfloat16"),
+    "near-the-minimum": partial(near_the_minimum, "256"),
+    "near-the-minimum-long": partial(near_the_minimum, "2048"),
     "distances": distances,
-    "failures-of-rotations": lambda: failures("rotations"),
-    "failures-of-info-nce": lambda: failures("InfoNCE"),
-    "failures-of-equivariance": lambda: failures("equivariance"),
+    "failures-of-rotations": partial(failures, "rotations"),
+    "failures-of-info-nce": partial(failures, "InfoNCE"),
+    "failures-of-equivariance": partial(failures, "equivariance"),
     "versions": versions,
+    "gap-ratios": partial(
+        seeds,
+        "photos",
+        same("verdict", "gap ratio", "±")
+        | {"loss, shared hues": "shared hues", "loss, own hues": "own hues"},
+    ),
+    "rotation-shares": partial(
+        seeds,
+        "photos",
+        same("rotation share", "above chance", "linear share", "composition")
+        | {"hue error (degrees)": "hue error"},
+    ),
+    "frequencies": partial(seeds, "photos", FREQUENCIES),
+    "colour": partial(
+        seeds,
+        "photos",
+        NEIGHBOURS
+        | {"kNN, hue": "hue kNN", "same hue": "same hue", "same hue, turned": "same hue, turned"},
+    ),
+    "ordinary": partial(
+        seeds,
+        "ordinary",
+        {
+            "verdict": "verdict",
+            "gap ratio": "gap_ratio",
+            "share above chance": "share_above_chance",
+            "linear share": "linear_share",
+        },
+        "arm",
+        "transformation",
+    ),
+    "embedding": partial(seeds, "photos", same("effective rank", "mean norm")),
+    "natural": partial(
+        seeds,
+        "natural/photos",
+        same("verdict", "gap ratio", "rotation share", "composition") | NEIGHBOURS,
+    ),
+    "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
+    "moco": partial(
+        seeds,
+        "moco/moco",
+        {
+            "gap ratio": "gap ratio",
+            "loss, shared hues": "shared hues",
+            "rotation share": "rotation share",
+            "kNN": "kNN",
+        },
+    ),
 }
 
 

@@ -1,7 +1,6 @@
 """The package as a whole: what imports what, what it needs, what the documents say."""
 
 import ast
-import csv
 import re
 import subprocess
 import sys
@@ -270,60 +269,3 @@ def test_links_between_the_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
-
-
-TABLES = (  # page, table, folder of the results, columns
-    ("demonstration", "photos", "", ["verdict", "gap ratio", "±", "shared hues", "own hues"]),
-    (
-        "demonstration",
-        "photos",
-        "",
-        ["rotation share", "above chance", "linear share", "composition", "hue error"],
-    ),
-    ("demonstration", "photos", "", ["multiplicities", "deviation"]),
-    ("demonstration", "photos", "", ["kNN", "hue kNN", "same hue", "same hue, turned"]),
-    ("demonstration", "photos", "", ["effective rank", "mean norm"]),
-    (
-        "demonstration",
-        "ordinary",
-        "",
-        ["verdict", "gap_ratio", "share_above_chance", "linear_share"],
-    ),
-    (
-        "demonstration",
-        "photos",
-        "natural",
-        ["verdict", "gap ratio", "rotation share", "composition", "kNN"],
-    ),
-    ("demonstration", "photos", "natural", ["multiplicities", "deviation", "mean norm"]),
-    ("hosts/lightly", "moco", "moco", ["gap ratio", "shared hues", "rotation share", "kNN"]),
-)
-
-
-@pytest.mark.parametrize(("page", "name", "folder", "columns"), TABLES)
-def test_the_tables_of_the_examples_are_those_of_the_committed_runs(page, name, folder, columns):
-    results = ROOT / "docs" / "examples" / "results" / folder
-    texts = [results.joinpath(f"{name}-seed{k}.csv").read_text(encoding="utf-8") for k in range(3)]
-    runs = [list(csv.DictReader(text.splitlines())) for text in texts]
-    lines = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").splitlines()
-    for row in zip(*runs, strict=True):
-        labels = [row[0]["arm"], *([row[0]["transformation"]] if name == "ordinary" else [])]
-        cells = [", ".join(run[column] for run in row).strip(", ") for column in columns]
-        assert f"| {' | '.join([*labels, *cells])} |" in lines
-
-
-MEASURED = (  # of docs/processes.md
-    ("distributed-cpu", ["W", "N", "contender", "ms", "ratio", "MB", "KB"]),
-    (
-        "distributed-calculated",
-        ["W", "batch", "received", "received by lightly", "memory", "memory with a matrix"],
-    ),
-)
-
-
-@pytest.mark.parametrize(("name", "columns"), MEASURED)
-def test_the_tables_of_several_processes_are_the_committed_results(name, columns):
-    text = (ROOT / "benchmarks" / "results" / f"{name}.csv").read_text(encoding="utf-8")
-    lines = (ROOT / "docs" / "processes.md").read_text(encoding="utf-8").splitlines()
-    for row in csv.DictReader(text.splitlines()):
-        assert f"| {' | '.join(row[column] for column in columns)} |" in lines
