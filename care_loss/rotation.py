@@ -111,9 +111,7 @@ def fit_rotation(
     eps = torch.finfo(gap_dtype).eps
     x = x.detach() / unit
     if n <= d - 2:
-        left, right = _fit_few_rows(a, b, special)
-        # What differs from the identity is exactly 0 where the inputs are equal.
-        right = right - right.detach().masked_fill(~equal, 0)
+        left, right = _fit_few_rows(a, b, special, equal)
         # Strips of the product stay in the cache until they are cast.
         rotation = torch.cat([(strip.mT @ right).to(dtype) for strip in left.split(512, -1)], -2)
         rotation.diagonal(dim1=-2, dim2=-1).add_(1)
@@ -345,10 +343,11 @@ def _gap(values: Tensor, special: bool, eps: float, size: int) -> Tensor:
     return (smallest / _or_1(largest)).squeeze(-1)
 
 
-def _fit_few_rows(x: Tensor, y: Tensor, special: bool) -> tuple[Tensor, Tensor]:
+def _fit_few_rows(x: Tensor, y: Tensor, special: bool, equal: Tensor) -> tuple[Tensor, Tensor]:
     """Fit `N <= D - 2` rows `(*, N, D)` in their span; all other directions stay as they are.
 
-    Returns left and right `(*, 2N, D)` of the rotation `1 + left.mT @ right`.
+    Returns left and right `(*, 2N, D)` of the rotation `1 + left.mT @ right`. The product is
+    exactly 0 where `equal` says that the inputs are equal, and its derivatives are right there.
 
     The product `x.mT @ y` is, but for a symmetric factor, a map `u.mT @ v` between two frames of
     orthonormal rows. Of the maps that take u to v, the nearest to the identity goes from the span
@@ -369,9 +368,11 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool) -> tuple[Tensor, Tensor]:
     # what is smaller is noise in the directions that dependent rows lack.
     h, _, _ = _polar(middle, floor=0.5 * torch.finfo(x.dtype).eps ** 0.5)
     turned = (identity + o.mT) @ v
-    left = torch.cat((h, v.expand_as(h)), -2)
-    right = torch.cat((2 * (h @ v.mT) @ turned - 2 * h, -turned), -2)
-    return left, right
+    reflected = 2 * (h @ v.mT) @ turned - 2 * h
+    # The rotation is 1 + h.mT @ reflected - v.mT @ turned. In these differences it is a sum of two
+    # products, each of which has a factor that is 0 for equal inputs, but for rounding.
+    apart, rest = (z - z.detach().masked_fill(~equal, 0) for z in (h - v, reflected - turned))
+    return torch.cat((apart, v.expand_as(h)), -2), torch.cat((reflected, rest), -2)
 
 
 def _where_opposite(middle: Tensor, v: Tensor, direction: Tensor) -> Tensor:

@@ -248,6 +248,25 @@ def test_first_and_second_derivatives_are_finite_at_degenerate_points(
         assert all(g.isfinite().all() for g in (value, *first, *second))
 
 
+@pytest.mark.parametrize(("n", "d"), [(1, 4), (2, 6), (3, 6), (16, 24), (3, 4), (8, 4)])
+@special
+def test_the_gradient_at_equal_inputs_is_that_nearby(n, d, special, device):
+    # The value is exactly the identity there. Its derivative is not that of a constant.
+    x = torch.randn(n, d, dtype=torch.float64, device=device)
+    g = torch.randn(d, d, dtype=torch.float64, device=device)
+
+    def gradients(x, y):
+        x, y = (z.clone().requires_grad_() for z in (x, y))
+        rotation = fit_rotation(x, y, special=special).rotation
+        return torch.autograd.grad((rotation * g).sum(), (x, y))
+
+    at_equal = gradients(x, x)
+    nearby = gradients(x, x + 1e-7 * torch.randn_like(x))
+    for found, expected in zip(at_equal, nearby, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.norm().item())
+        assert expected.norm() > 0.01
+
+
 def test_the_gradient_is_zero_along_what_turns_freely(device):
     # The nearest rotations to a reflection form a circle or a sphere. In float32 the singular
     # values are equal but for rounding: reciprocals of their differences would be 1e6 and more.
