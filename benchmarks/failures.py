@@ -324,7 +324,7 @@ def of_rotations() -> list[Case]:
     refused = {"SVD with autograd": "refused", "roma": "refused", "geomstats": "refused"}
     return [
         Case(
-            "gradient at a rotation, as of a perfectly equivariant encoder",
+            "gradient at a rotation, as of an equivariant encoder with white embeddings",
             "(G − QGᵀQ) / 2",
             DAMPED,
             1e-4,

@@ -103,7 +103,14 @@ class EquivarianceLoss(nn.Module):
 
 
 class CARELossComponents(NamedTuple):
-    """The parts of the CARE loss, each `()`: `loss = base + equivariance_weight * equivariance`."""
+    """The parts of the CARE loss, each `()`: `loss = base + equivariance_weight * equivariance`.
+
+    Attributes:
+        loss: The loss to call `backward` on.
+        base: InfoNCE, or the base loss.
+        equivariance: The equivariance loss before the weight, on the scale of the module. In
+            several processes, it is that of the chunks of this one.
+    """
 
     loss: Tensor
     base: Tensor
@@ -127,13 +134,15 @@ class CAREloss(nn.Module):
     * three forwards: ``loss(z1, z2, z1, e)``, where `e` embeds the images of `z1` under a shared
       augmentation (:func:`care_loss.views.augment_chunks`) that is not part of the ordinary views.
 
-    Ordinary views say what the embedding ignores; shared augmentations say what turns it; an
-    augmentation that is in both is ignored.
+    Augmentations in the ordinary views are ignored by the embedding. Augmentations that are only in
+    the shared views rotate it. An augmentation that is in both is ignored.
 
     Args:
         temperature: The temperature of InfoNCE, > 0. If `base_loss` is given, leave it out: any
             value but the default is an error.
-        equivariance_weight: :math:`\lambda \ge 0`. The attribute may be changed between steps.
+        equivariance_weight: :math:`\lambda \ge 0`, for the given `scale`. The default is that of
+            the paper for CIFAR-10 in four forwards; with three, 10 is a good start. The attribute
+            may be changed between steps.
         chunks: The number of contiguous chunks to cut a batch into, >= 1, for calls without
             `chunks`; a batch too small for them gets `N // 2`.
         shared_views: Whether `z1` and `z2` are chunk-shared themselves and serve both terms, so
@@ -151,10 +160,16 @@ class CAREloss(nn.Module):
 
     Example:
         >>> import torch
-        >>> loss = CAREloss(chunks=4)
-        >>> z1, z2, e1, e2 = torch.randn(4, 32, 16)
-        >>> parts = loss.forward_components(z1, z2, e1, e2)
-        >>> torch.equal(parts.loss, parts.base + 0.3 * parts.equivariance)
+        >>> from care_loss.views import augment_chunks
+        >>> encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 16))
+        >>> x1, x2 = torch.rand(2, 32, 3, 4, 4)  # two ordinary views of 32 images
+        >>> def turn(images):  # one order of the channels for all images of a call
+        ...     return images[:, torch.randperm(3)]
+        >>> turned, chunks = augment_chunks(x1, turn, chunks=4)
+        >>> z1, z2, e = encoder(x1), encoder(x2), encoder(turned)
+        >>> loss = CAREloss(equivariance_weight=10)
+        >>> parts = loss.forward_components(z1, z2, z1, e, chunks=chunks)
+        >>> torch.equal(parts.loss, parts.base + 10 * parts.equivariance)
         True
 
     References:

@@ -3,8 +3,9 @@
 They are those of the paper (Gupta et al., ICLR 2024, appendix), on the scale of the authors' code,
 which grows with the chunk size. For each recipe, a comment gives the weight on the scale `"mean"`
 for the batch size of the paper, :math:`2(n-1)` times as much, and the differences of the authors'
-scripts. To change a recipe, write `RECIPES["cifar10"] | {"chunks": 8}`. With a `base_loss`, remove
-the temperature and give it to the base loss.
+scripts. To change a recipe, write `RECIPES["cifar10"] | {"temperature": 0.2}`; with other chunks or
+another batch size, the same weight has another effect. With a `base_loss`, remove the temperature
+and give it to the base loss.
 """
 
 from typing import Any

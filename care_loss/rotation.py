@@ -32,7 +32,13 @@ from care_loss._numerics import computed_in, exact, function, normal
 
 
 class RotationFit(NamedTuple):
-    """An orthogonal map `(*, D, D)`, and how well `(*)` and how uniquely `(*)` it fits."""
+    """An orthogonal map, and how well and how uniquely it fits.
+
+    Attributes:
+        rotation: The map, `(*, D, D)`.
+        residual: The root mean squared row error, `(*)`.
+        gap: In [0, 2], `(*)`; the fit is unique where it is > 0.
+    """
 
     rotation: Tensor
     residual: Tensor

@@ -68,8 +68,8 @@ def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
     .. math:: 2 \operatorname{atan2}(\lVert x - y \rVert, \lVert x + y \rVert)
 
     The angle is exactly 0 for equal points, and in float32 accurate to a relative error of 1e-6
-    down to angles of 1e-4 (`acos` of the inner product returns 0 there). Differences in length that
-    are due to rounding are corrected for.
+    down to angles of 1e-4 (`acos` of the inner product returns 0, NaN, or another wrong value
+    there). Differences in length that are due to rounding are corrected for.
 
     The gradient is a unit tangent vector, and 0 where the points are equal or antipodal (or 0). The
     square of the distance has derivatives of every order where points are equal as well: to use

@@ -6,8 +6,8 @@ all images of a tensor alike (`torchvision.transforms.v2`, kornia with `same_on_
 :class:`SharedAugmentCollate` makes them in a `DataLoader`, with any transform of single images.
 :func:`assert_shared` checks a transform.
 
-Ordinary views say what the embedding ignores; shared augmentations say what turns it; an
-augmentation that is in both is ignored.
+Augmentations in the ordinary views are ignored by the embedding. Augmentations that are only in the
+shared views rotate it. An augmentation that is in both is ignored.
 
 Pass the returned `chunks` to the loss, with the rows in the same order. Class labels cannot serve
 as ids: images of one class do not share an augmentation.
@@ -51,7 +51,7 @@ def augment_chunks(
     What `turn` does must not be part of `ordinary`: an augmentation that is in both is ignored by
     the embedding. In training mode, batch normalisation normalises each of the three batches by its
     own statistics. Embed all chunks of a view in one forward: in a forward of one chunk, whose
-    images share one augmentation, batch normalisation could undo it.
+    images share one augmentation, batch normalisation may remove the effect of the augmentation.
 
     Args:
         images: A batch of images, `(N, ...)` with `N >= 2`.

@@ -32,6 +32,9 @@ source_suffix = {".md": "markdown"}
 
 # The reference comes from the docstrings, in which single backticks mean code.
 default_role = "code"
+# A heading of its own: "Returns: The loss, >= 0: ..." would take what is before a colon for a type.
+napoleon_custom_sections = ["Returns"]
+napoleon_use_ivar = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autosummary_generate = False
 autodoc_typehints = "signature"
@@ -66,7 +69,7 @@ mathjax_path = "tex-svg.js"
 def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
     """Leave out fields of named tuples, which the docstrings of these describe."""
     alias = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
-    return True if alias else None
+    return True if alias or name == "extra_repr" else None
 
 
 def setup(app: Sphinx) -> None:

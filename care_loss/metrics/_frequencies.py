@@ -12,14 +12,19 @@ from care_loss.metrics._measures import permutation
 
 
 class Frequencies(NamedTuple):
-    """How often each frequency occurs `(T // 2 + 1,)`, and the deviation in radians `()`."""
+    """The frequencies of rotations of a circle group.
+
+    Attributes:
+        multiplicity: How often each frequency occurs, `(T // 2 + 1,)`.
+        deviation: The mean angle from the nearest representation, in radians, `()`.
+    """
 
     multiplicity: Tensor
     deviation: Tensor
 
 
 def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) -> Frequencies:
-    r"""Tell how far rotations of one circle group are from a representation, and from which.
+    r"""Estimate which frequencies rotations of a circle group have, and the deviation from these.
 
     A representation of the circle is, in some basis, a number of directions that do not move
     (frequency 0) and of planes that turn by :math:`k \theta` (frequency k = 1, 2, ...). The number

@@ -271,7 +271,12 @@ def cosine_spread(z: Tensor, z_transformed: Tensor, *, shuffled: bool = False) -
 
 
 class Retrieval(NamedTuple):
-    """The mean reciprocal rank `(*)`, and the shares of ranks up to 1 and up to 5, `(*, 2)`."""
+    """How well transformed images are found by the fitted rotation.
+
+    Attributes:
+        mrr: The mean reciprocal rank, `(*)`.
+        hits: The shares of ranks up to 1 and up to 5, `(*, 2)`.
+    """
 
     mrr: Tensor
     hits: Tensor

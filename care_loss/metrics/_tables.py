@@ -12,7 +12,13 @@ from care_loss import _checks
 
 
 class Estimate(NamedTuple):
-    """A mean over draws, its standard error, and what shuffled rows reach (NaN: not measured)."""
+    """A figure of the report.
+
+    Attributes:
+        mean: The mean over the draws.
+        error: Its standard error.
+        shuffled: What shuffled rows reach, the chance level; NaN where it is not measured.
+    """
 
     mean: float
     error: float
