@@ -10,7 +10,7 @@ PROCESSES ?= 2
 export OMP_WAIT_POLICY ?= passive
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help demo docs docs-serve test test-deep test-hosts test-wheel format lint wheel bench bench-cuda clean
+.PHONY: help demo experiment docs docs-serve test test-deep test-hosts test-wheel format lint wheel bench bench-cuda clean
 .NOTPARALLEL:
 
 help:  ## print the commands
@@ -18,6 +18,9 @@ help:  ## print the commands
 
 demo: $(VENV)/.examples  ## turn the hue of photographs: train seven arms and print the table
 	$(RUN) docs/examples/photos.py $(ARGS)
+
+experiment: $(VENV)/.examples  ## run an experiment of docs/experiments: make experiment NAME=theory
+	$(RUN) docs/experiments/$(NAME).py $(ARGS)
 
 docs: $(VENV)/.docs  ## build the site into build/docs; warnings are errors
 	rm -rf build/docs

@@ -7,6 +7,7 @@ A table follows a line `<!-- table: name -->`. A test compares the pages with wh
 
 import csv
 import re
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -154,6 +155,42 @@ def same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
+# Experiments
+
+
+def theory(part: str) -> list[Row]:
+    """Return the rows of a part of the theory, of all seeds."""
+    paths = sorted((DOCS / "experiments" / "results").glob("theory-seed*.csv"))
+    return [row for path in paths for row in read(path) if row["part"] == part]
+
+
+def spread(values: list[str]) -> str:
+    low, high = (pick(values, key=float) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def over_seeds(rows: list[Row], columns: dict[str, str], *labels: str) -> Table:
+    """Make a line of the rows with the same labels, whose cells have the range over the seeds."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[label] for label in labels), []).append(row)
+    table = [[*labels, *columns]]
+    for key, some in groups.items():
+        table.append([*key, *(spread([row[name] for row in some]) for name in columns.values())])
+    return table
+
+
+def bound() -> Table:
+    table = [["trials", "number", "bound broken", "truth / bound, median", "largest"]]
+    for name, applies in (("within the condition", "True"), ("outside of it", "False")):
+        rows = [row for row in theory("bound") if row["applies"] == applies]
+        broken = sum(row["holds"] == "False" for row in rows)
+        ratios = [float(row["truth"]) / float(row["bound"]) for row in rows]
+        middle, high = f"{statistics.median(ratios):.3f}", f"{max(ratios):.3f}"
+        table.append([name, str(len(rows)), str(broken), middle, high])
+    return table
+
+
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
@@ -233,6 +270,16 @@ TABLES: dict[str, Callable[[], Table]] = {
         same("verdict", "gap ratio", "rotation share", "composition") | NEIGHBOURS,
     ),
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
+    "theory-bound": bound,
+    "theory-descent": lambda: over_seeds(
+        theory("descent"), same("loss", "loss of all pairs", "residual"), "chunks", "n"
+    ),
+    "theory-reflection": lambda: over_seeds(
+        theory("reflection"), same("loss", "residual", "residual, SO(D)"), "n"
+    ),
+    "theory-few-rows": lambda: over_seeds(
+        theory("few rows"), {"fitted rows": "fitted", "other rows": "others"}, "rows", "n"
+    ),
     "moco": partial(
         seeds,
         "moco/moco",
