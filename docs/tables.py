@@ -158,10 +158,11 @@ def same(*names: str) -> dict[str, str]:
 # Experiments
 
 
-def theory(part: str) -> list[Row]:
-    """Return the rows of a part of the theory, of all seeds."""
-    paths = sorted((DOCS / "experiments" / "results").glob("theory-seed*.csv"))
-    return [row for path in paths for row in read(path) if row["part"] == part]
+def experiment(name: str, **wanted: str) -> list[Row]:
+    """Return the rows of an experiment, of all seeds, those that have what is wanted."""
+    paths = sorted((DOCS / "experiments" / "results").glob(f"{name}-seed*.csv"))
+    rows = [row | {"seed": path.stem} for path in paths for row in read(path)]
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def spread(values: list[str]) -> str:
@@ -183,12 +184,60 @@ def over_seeds(rows: list[Row], columns: dict[str, str], *labels: str) -> Table:
 def bound() -> Table:
     table = [["trials", "number", "bound broken", "truth / bound, median", "largest"]]
     for name, applies in (("within the condition", "True"), ("outside of it", "False")):
-        rows = [row for row in theory("bound") if row["applies"] == applies]
+        rows = [row for row in experiment("theory", part="bound") if row["applies"] == applies]
         broken = sum(row["holds"] == "False" for row in rows)
         ratios = [float(row["truth"]) / float(row["bound"]) for row in rows]
         middle, high = f"{statistics.median(ratios):.3f}", f"{max(ratios):.3f}"
         table.append([name, str(len(rows)), str(broken), middle, high])
     return table
+
+
+T_QUANTILE = {4: 2.776}  # of Student's distribution for 95 %, by degrees of freedom
+
+
+def mean_and_interval(values: list[float]) -> str:
+    """Return the mean, and the half width of its 95 % interval, over seeds."""
+    half = T_QUANTILE[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+
+
+MEASURED = {"gap ratio": "gap_ratio", "loss, shared": "shared_gap", "loss, own": "unshared_gap"}
+MEASURED |= {"rotation share": "rotation_share", "linear share": "linear_share"}
+MEASURED |= {"composition": "composition_share", "rank": "effective_rank"}
+MEASURED |= {"mean norm": "mean_norm", "kNN": "kNN"}
+
+
+def arms_of(name: str) -> Table:
+    rows = [row for row in experiment(name) if row["weight"] in ("", "10.0")]
+    return over_seeds(rows, MEASURED, "arm", "forwards")
+
+
+def against_placebo(name: str) -> Table:
+    """The difference of each arm and its placebo, paired by seed."""
+    rows = experiment(name, weight="10.0")
+    found = {(row["arm"], row["seed"]): row for row in rows}
+    columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
+    columns |= {"composition": "composition_share", "kNN": "kNN"}
+    table = [["arm minus its placebo", *columns]]
+    for arm in ("published", "apart", "uniform", "CE-SSL"):
+        pairs = [
+            (row, found[f"placebo of {arm}", seed])
+            for (other, seed), row in found.items()
+            if other == arm
+        ]
+        differences = [
+            [float(row[key]) - float(placebo[key]) for row, placebo in pairs]
+            for key in columns.values()
+        ]
+        table.append([arm, *map(mean_and_interval, differences)])
+    return table
+
+
+def weights_of(name: str) -> Table:
+    rows = [row for row in experiment(name) if row["arm"] in ("published", "apart")]
+    rows.sort(key=lambda row: (row["arm"], float(row["weight"])))
+    columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
+    return over_seeds(rows, columns | {"mean norm": "mean_norm", "kNN": "kNN"}, "arm", "weight")
 
 
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
@@ -270,15 +319,24 @@ TABLES: dict[str, Callable[[], Table]] = {
         same("verdict", "gap ratio", "rotation share", "composition") | NEIGHBOURS,
     ),
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
+    "ordinary-views-arms": partial(arms_of, "ordinary_views"),
+    "ordinary-views-placebos": partial(against_placebo, "ordinary_views"),
+    "ordinary-views-weights": partial(weights_of, "ordinary_views"),
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
-        theory("descent"), same("loss", "loss of all pairs", "residual"), "chunks", "n"
+        experiment("theory", part="descent"),
+        same("loss", "loss of all pairs", "residual"),
+        "chunks",
+        "n",
     ),
     "theory-reflection": lambda: over_seeds(
-        theory("reflection"), same("loss", "residual", "residual, SO(D)"), "n"
+        experiment("theory", part="reflection"), same("loss", "residual", "residual, SO(D)"), "n"
     ),
     "theory-few-rows": lambda: over_seeds(
-        theory("few rows"), {"fitted rows": "fitted", "other rows": "others"}, "rows", "n"
+        experiment("theory", part="few rows"),
+        {"fitted rows": "fitted", "other rows": "others"},
+        "rows",
+        "n",
     ),
     "moco": partial(
         seeds,

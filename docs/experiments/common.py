@@ -1,26 +1,138 @@
-"""What the experiments share: seeds that can be resumed, and results as files."""
+"""What the experiments share: arms and their training, seeds that can be resumed, and results."""
 
 import argparse
 import csv
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.style
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
+
+from care_loss import CAREloss, InfoNCELoss
+from care_loss.functional import info_nce_loss, uniformity_loss
+from care_loss.sphere import normalize
+from care_loss.views import augment_chunks, shared_views
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 Row = dict[str, str]
+Transform = Callable[[Tensor], Tensor]
+BATCH, CHUNKS, DIM = 256, 8, 16
 matplotlib.style.use(HERE.parent / "style.mplstyle")
 
 
-def options(question: str, *, steps: int, seeds: int) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Group:
+    """Data on which a group acts exactly, and an encoder for them.
+
+    `turn` draws one element of the group for all images of a call, `own_turns` one for each image,
+    and `ordinary` a nuisance for each image.
+    """
+
+    batch: Callable[[int], Tensor]  # images to train on, in random states of the group
+    testing: Tensor  # other images, in random states too
+    identity: Tensor  # which image a row of `testing` shows
+    turn: Transform
+    own_turns: Transform
+    ordinary: Transform
+    network: Callable[[], nn.Module]
+
+
+class Arm(NamedTuple):
+    """A way to train: how many forwards a step has, and its loss."""
+
+    forwards: int
+    loss: Callable[[nn.Module, Tensor], Tensor]
+
+
+def arms(group: Group, weight: float) -> dict[str, Arm]:
+    """Return the arms by name. A placebo is the same with a turn of its own for each image."""
+    info_nce, care = InfoNCELoss(), CAREloss(equivariance_weight=weight)
+    uniform = CAREloss(equivariance_weight=weight, base_loss=lambda z, _: uniformity_loss(z))
+    ordinary = group.ordinary
+
+    def simclr(encoder: nn.Module, x: Tensor) -> Tensor:
+        return info_nce(encoder(ordinary(x)), encoder(ordinary(x)))
+
+    def simclr_with_group(encoder: nn.Module, x: Tensor) -> Tensor:
+        x1, x2 = (group.own_turns(ordinary(x)) for _ in range(2))
+        return info_nce(encoder(x1), encoder(x2))
+
+    def published(turn: Transform) -> Arm:
+        def loss(encoder: nn.Module, x: Tensor) -> Tensor:
+            x1, x2 = (group.own_turns(ordinary(x)) for _ in range(2))
+            a1, a2, chunks = shared_views(ordinary(x), turn, chunks=CHUNKS)
+            return care(*(encoder(view) for view in (x1, x2, a1, a2)), chunks=chunks)
+
+        return Arm(4, loss)
+
+    def apart(turn: Transform) -> Arm:
+        def loss(encoder: nn.Module, x: Tensor) -> Tensor:
+            x1, x2 = ordinary(x), ordinary(x)
+            turned, chunks = augment_chunks(x1, turn, chunks=CHUNKS)
+            z1, z2, e = encoder(x1), encoder(x2), encoder(turned)
+            return care(z1, z2, z1, e, chunks=chunks)
+
+        return Arm(3, loss)
+
+    def uniformity(turn: Transform) -> Arm:
+        def loss(encoder: nn.Module, x: Tensor) -> Tensor:
+            x1 = ordinary(x)
+            turned, chunks = augment_chunks(x1, turn, chunks=CHUNKS)
+            z, e = encoder(x1), encoder(turned)
+            return uniform(z, z, z, e, chunks=chunks)
+
+        return Arm(2, loss)
+
+    def ce_ssl(turn: Transform) -> Arm:
+        """Half SimCLR, half SimCLR on differences of embeddings of pairs that share their turns."""
+
+        def loss(encoder: nn.Module, x: Tensor) -> Tensor:
+            a1, a2, _ = shared_views(ordinary(x), turn, chunks=len(x) // 2)
+            z1, z2 = (normalize(encoder(view)) for view in (a1, a2))
+            change = z1 - z2
+            return (info_nce(z1, z2) + info_nce_loss(change[0::2], change[1::2])) / 2
+
+        return Arm(2, loss)
+
+    own = group.own_turns
+    return {
+        "SimCLR with the group": Arm(2, simclr_with_group),
+        "SimCLR without": Arm(2, simclr),
+        "published": published(group.turn),
+        "placebo of published": published(own),
+        "apart": apart(group.turn),
+        "placebo of apart": apart(own),
+        "uniform": uniformity(group.turn),
+        "placebo of uniform": uniformity(own),
+        "CE-SSL": ce_ssl(group.turn),
+        "placebo of CE-SSL": ce_ssl(own),
+    }
+
+
+def train(arm: Arm, group: Group, encoder: nn.Module, steps: int) -> None:
+    """Train in place. All arms see as many images as `steps` steps of three forwards."""
+    steps = max(1, 3 * steps // arm.forwards)
+    optimizer = torch.optim.AdamW(encoder.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    for _ in range(steps):
+        loss = arm.loss(encoder, group.batch(BATCH))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def options(question: str, *, steps: int, seeds: list[int]) -> argparse.Namespace:
     """Return the options that experiments share, for a script that asks the given question."""
     parser = argparse.ArgumentParser(description=question.splitlines()[0])
     parser.add_argument("--steps", type=int, default=steps, help="training steps of an arm")
-    parser.add_argument("--seed", type=int, nargs="+", default=list(range(seeds)))
+    parser.add_argument("--seed", type=int, nargs="+", default=seeds)
     parser.add_argument("--output", type=Path, default=Path("build/experiments"))
     parser.add_argument("--again", action="store_true", help="run seeds that have a result, too")
     found = parser.parse_args()
