@@ -208,13 +208,12 @@ MEASURED |= {"mean norm": "mean_norm", "kNN": "kNN"}
 
 
 def arms_of(name: str) -> Table:
-    rows = [row for row in experiment(name) if row["weight"] in ("", "10.0")]
-    return over_seeds(rows, MEASURED, "arm", "forwards")
+    return over_seeds(experiment(name), MEASURED, "arm", "forwards")
 
 
 def against_placebo(name: str) -> Table:
     """The difference of each arm and its placebo, paired by seed."""
-    rows = experiment(name, weight="10.0")
+    rows = experiment(name)
     found = {(row["arm"], row["seed"]): row for row in rows}
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
     columns |= {"composition": "composition_share", "kNN": "kNN"}
@@ -233,8 +232,9 @@ def against_placebo(name: str) -> Table:
     return table
 
 
-def weights_of(name: str) -> Table:
-    rows = [row for row in experiment(name) if row["arm"] in ("published", "apart")]
+def weights_of(group: str) -> Table:
+    rows = experiment(f"ordinary_views-{group}") + experiment(f"weights-{group}")
+    rows = [row for row in rows if row["arm"] in ("published", "apart")]
     rows.sort(key=lambda row: (row["arm"], float(row["weight"])))
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
     return over_seeds(rows, columns | {"mean norm": "mean_norm", "kNN": "kNN"}, "arm", "weight")
@@ -319,9 +319,11 @@ TABLES: dict[str, Callable[[], Table]] = {
         same("verdict", "gap ratio", "rotation share", "composition") | NEIGHBOURS,
     ),
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
-    "ordinary-views-arms": partial(arms_of, "ordinary_views"),
-    "ordinary-views-placebos": partial(against_placebo, "ordinary_views"),
-    "ordinary-views-weights": partial(weights_of, "ordinary_views"),
+    "clouds-arms": partial(arms_of, "ordinary_views-clouds"),
+    "clouds-placebos": partial(against_placebo, "ordinary_views-clouds"),
+    "clouds-weights": partial(weights_of, "clouds"),
+    "sprites-arms": partial(arms_of, "ordinary_views-sprites"),
+    "sprites-placebos": partial(against_placebo, "ordinary_views-sprites"),
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "docs" / "experiments"
-NAMES = [path.stem for path in FOLDER.glob("*.py") if path.stem != "common"]
+RUNS = [("theory", "theory", ())]
+RUNS += [
+    ("ordinary_views", f"ordinary_views-{group}", ("--group", group))
+    for group in ("clouds", "sprites")
+]
 
 
 def run(name, *options):
@@ -21,20 +25,26 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_for_a_few_steps_and_goes_on_where_it_was(name, tmp_path):
-    options = ("--steps", "2", "--output", str(tmp_path), "--seed")
+def test_every_experiment_is_run():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"common", "groups"} | {
+        name for name, _, _ in RUNS
+    }
+
+
+@pytest.mark.parametrize(("name", "result_name", "more"), RUNS, ids=[run[1] for run in RUNS])
+def test_runs_for_a_few_steps_and_goes_on_where_it_was(name, result_name, more, tmp_path):
+    options = (*more, "--steps", "1", "--output", str(tmp_path), "--seed")
     result = run(name, *options, "0")
     assert result.returncode == 0, result.stderr
-    first = tmp_path / f"{name}-seed0.csv"
+    first = tmp_path / f"{result_name}-seed0.csv"
     written = first.stat().st_mtime_ns
     result = run(name, *options, "0", "1")
     assert result.returncode == 0, result.stderr
     assert first.stat().st_mtime_ns == written  # it was not run again
-    assert read(first)[0].keys() == read(tmp_path / f"{name}-seed1.csv")[0].keys()
+    assert read(first)[0].keys() == read(tmp_path / f"{result_name}-seed1.csv")[0].keys()
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    result = run(name, "--steps", "3", *options[2:], "0")
-    assert "was written with --steps 2, got 3: give --again" in result.stderr
+    result = run(name, *options, "0", "--steps", "3")
+    assert "was written with --steps 1, got 3: give --again" in result.stderr
 
 
 def test_the_parts_of_the_theory_that_need_no_steps_are_the_committed_ones(tmp_path):

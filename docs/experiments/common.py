@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import matplotlib.style
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
 from care_loss import CAREloss, InfoNCELoss
 from care_loss.functional import info_nce_loss, uniformity_loss
 from care_loss.sphere import normalize
 from care_loss.views import augment_chunks, shared_views
+from torch import Tensor, nn
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -128,11 +127,15 @@ def train(arm: Arm, group: Group, encoder: nn.Module, steps: int) -> None:
         schedule.step()
 
 
-def options(question: str, *, steps: int, seeds: list[int]) -> argparse.Namespace:
-    """Return the options that experiments share, for a script that asks the given question."""
+def options(
+    question: str, *, steps: int, seeds: list[int], **choices: list[str]
+) -> argparse.Namespace:
+    """Return the options that experiments share, and choices of some values of each name."""
     parser = argparse.ArgumentParser(description=question.splitlines()[0])
     parser.add_argument("--steps", type=int, default=steps, help="training steps of an arm")
     parser.add_argument("--seed", type=int, nargs="+", default=seeds)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
     parser.add_argument("--output", type=Path, default=Path("build/experiments"))
     parser.add_argument("--again", action="store_true", help="run seeds that have a result, too")
     found = parser.parse_args()

@@ -2,88 +2,31 @@
 
     python docs/experiments/ordinary_views.py    # five seeds; writes build/experiments
 
-Point clouds of eight points of four kinds, on which SO(3) acts exactly; each view jitters the
-points. Ten arms are trained from the same weights, and see equally many images. The weight of the
+Two groups that act exactly: the rotations of space on clouds of points, whose views jitter the
+points, and those of the plane on shapes of infinite dSprites, whose views change the brightness.
+Ten arms are trained from the same weights, and see equally many images. The weight of the
 equivariance loss is that of the demonstration, and was not chosen for these data. "published" and
 "apart" are trained with other weights, too.
 """
 
+import statistics
 from collections import defaultdict
 from copy import deepcopy
-from itertools import pairwise
+from functools import partial
 
 import torch
-from common import BATCH, DIM, Group, arms, each_seed, options, train
+from care_loss.metrics import equivariance_report
+from care_loss.sphere import normalize
+from common import BATCH, Group, Row, arms, each_seed, options, train
+from groups import GROUPS
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from care_loss.metrics import equivariance_report
-from care_loss.rotation import random_orthogonal
-from care_loss.sphere import normalize
-
-POINTS, KINDS, TEMPLATES, COPIES, JITTER = 8, 4, 50, 8, 0.1
 WEIGHT, WEIGHTS = 10.0, (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FIGURES = ("gap_ratio", "shared_gap", "unshared_gap", "rotation_share", "linear_share")
 FIGURES += ("composition_share", "effective_rank", "mean_norm")
-
-
-def rotate(clouds: Tensor, rotation: Tensor) -> Tensor:
-    return torch.cat((clouds[..., :3] @ rotation, clouds[..., 3:]), -1)
-
-
-def turn(clouds: Tensor) -> Tensor:
-    """Rotate all clouds by one random rotation of space."""
-    return rotate(clouds, random_orthogonal(3, special=True))
-
-
-def own_turns(clouds: Tensor) -> Tensor:
-    """Rotate each cloud by a rotation of its own."""
-    return rotate(clouds, random_orthogonal(3, batch_shape=(len(clouds),), special=True))
-
-
-def jitter(clouds: Tensor) -> Tensor:
-    """Move each point a little."""
-    noise = JITTER * torch.randn(*clouds.shape[:-1], 3)
-    return torch.cat((clouds[..., :3] + noise, clouds[..., 3:]), -1)
-
-
-class DeepSets(nn.Sequential):
-    """The mean over points of a network of each point, and a projection head."""
-
-    def __init__(self, width: int = 64) -> None:
-        def layers(*sizes: int) -> list[nn.Module]:
-            return [
-                layer
-                for i, o in pairwise(sizes)
-                for layer in (nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU())
-            ]
-
-        super().__init__(
-            nn.Sequential(*layers(3 + KINDS, width, width)),
-            nn.Sequential(*layers(width, width), nn.Linear(width, DIM)),
-        )
-
-    def forward(self, clouds: Tensor) -> Tensor:
-        points, head = self
-        features: Tensor = points(clouds.flatten(0, 1)).unflatten(0, clouds.shape[:2]).mean(1)
-        z: Tensor = head(features)
-        return z
-
-
-def clouds() -> Group:
-    def templates() -> Tensor:
-        place = torch.randn(TEMPLATES, POINTS, 3)
-        kind = torch.eye(KINDS)[torch.randint(KINDS, (TEMPLATES, POINTS))]
-        return torch.cat((place - place.mean(1, keepdim=True), kind), -1)
-
-    training, identity = templates(), torch.arange(TEMPLATES).repeat(COPIES)
-    testing = jitter(own_turns(templates()[identity]))
-
-    def batch(n: int) -> Tensor:
-        return own_turns(training[torch.randint(TEMPLATES, (n,))])
-
-    return Group(batch, testing, identity, turn, own_turns, jitter, DeepSets)
 
 
 def nearest(z: Tensor, identity: Tensor, k: int = 5) -> float:
@@ -107,54 +50,84 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
     }
 
 
-def run(seed: int, steps: int) -> list[dict[str, object]]:
+def run(name: str, runs: list[tuple[str, float]], seed: int, steps: int) -> list[dict[str, object]]:
+    """Train arms with their weights, and measure each, and the encoder that all start from."""
     torch.manual_seed(seed)
-    group = clouds()
+    group = GROUPS[name]()
     untrained = group.network()
     with torch.no_grad():
         for _ in range(20):  # the statistics that batch normalisation needs in eval mode
             untrained(group.batch(BATCH))
-    runs = [(name, WEIGHT) for name in arms(group, WEIGHT)]
-    runs += [(name, w) for name in ("published", "apart") for w in WEIGHTS if w != WEIGHT]
     start: dict[str, object] = {"arm": "untrained", "weight": "", "forwards": ""}
     rows = [start | measure(deepcopy(untrained), group)]
-    for name, weight in tqdm(runs, desc="arms", leave=False):
+    for arm_name, weight in tqdm(runs, desc="arms", leave=False):
         torch.manual_seed(seed)
-        encoder, arm = deepcopy(untrained), arms(group, weight)[name]
+        encoder, arm = deepcopy(untrained), arms(group, weight)[arm_name]
         train(arm, group, encoder, steps)
-        label: dict[str, object] = {"arm": name, "weight": weight, "forwards": arm.forwards}
+        label: dict[str, object] = {"arm": arm_name, "weight": weight, "forwards": arm.forwards}
         rows.append(label | measure(encoder, group))
     return rows
 
 
-def main() -> None:
-    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5])
-    rows = [row for seed in each_seed("ordinary_views", found, run) for row in seed]
-    figure = Figure(figsize=(8, 4))
-    ax = figure.subplots()
-    for name, style in (("published", "C3o-"), ("apart", "C0D-")):
-        points = defaultdict(list)
-        collapsed = set()
-        for row in rows:
-            if row["arm"] == name:
-                points[float(row["weight"])].append(float(row["gap_ratio"]))
-                if float(row["mean_norm"]) > 0.5:
-                    collapsed.add(float(row["weight"]))
-        weights = sorted(points)
-        means = [sum(points[w]) / len(points[w]) for w in weights]
-        ax.loglog(weights, means, style, label=name)
-        for w in weights:
-            ax.loglog([w] * len(points[w]), points[w], style[:3], ms=3, alpha=0.6)
-            if w in collapsed:
-                ax.annotate("collapsed", (w, max(points[w])), fontsize=8, ha="center", va="bottom")
-    for name, style in (("placebo of apart", "C1--"), ("SimCLR without", "C5--")):
+def draw_arms(ax: Axes, rows: list[Row]) -> None:
+    """Draw the gap ratio of each arm, a dot for each seed."""
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    for place, name in enumerate(names):
         ratios = [float(row["gap_ratio"]) for row in rows if row["arm"] == name]
-        ax.axhline(sum(ratios) / len(ratios), color=style[:2], ls="--", lw=1, label=name)
+        colour = "C1" if name.startswith("placebo") else "C5"
+        colour = "C0" if name in ("apart", "uniform") else colour
+        ax.semilogx(ratios, [place] * len(ratios), "o", color=colour, alpha=0.8)
+    ax.axvline(1, color="C5", lw=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set(xlabel="gap ratio", xlim=(0.01, 2))
+    ax.grid(axis="x")
+
+
+def draw_weights(ax: Axes, rows: list[Row]) -> None:
+    """Draw the gap ratios of all seeds and their means, against the weight."""
+    for arm, colour, style in (("published", "C3", "o"), ("apart", "C0", "D")):
+        found = defaultdict(list)
+        for row in rows:
+            if row["arm"] == arm:
+                found[float(row["weight"])].append(row)
+        weights = sorted(found)
+        ratios = [[float(row["gap_ratio"]) for row in found[weight]] for weight in weights]
+        ax.loglog(weights, list(map(statistics.mean, ratios)), f"{style}-", color=colour, label=arm)
+        for weight, some in zip(weights, ratios, strict=True):
+            ax.loglog([weight] * len(some), some, style, color=colour, ms=3, alpha=0.6)
+        collapsed = [w for w in weights if max(float(row["mean_norm"]) for row in found[w]) > 0.5]
+        means = [statistics.mean(ratios[weights.index(weight)]) for weight in collapsed]
+        ax.loglog(
+            collapsed, means, "x", color="C5", ms=12, label="" if arm == "apart" else "collapsed"
+        )
+    for arm, colour in (("placebo of apart", "C1"), ("SimCLR without", "C5")):
+        ratios_of_arm = [float(row["gap_ratio"]) for row in rows if row["arm"] == arm]
+        ax.axhline(statistics.mean(ratios_of_arm), color=colour, ls="--", lw=1.5, label=arm)
     ax.set(xlabel="weight of the equivariance loss", ylabel="gap ratio")
     ax.grid()
-    ax.legend(fontsize=8)
-    figure.savefig(found.output / "ordinary_views.png")
-    print("Wrote", found.output / "ordinary_views.png")
+
+
+def main() -> None:
+    parts = ["arms", "weights"]
+    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS), part=parts)
+    figure = Figure(figsize=(5.5 * len(found.group), 3.8 * len(found.part)))
+    axes = figure.subplots(len(found.part), len(found.group), squeeze=False)
+    for column, name in enumerate(found.group):
+        runs = [(arm, WEIGHT) for arm in arms(GROUPS[name](), WEIGHT)]
+        seeds = each_seed(f"ordinary_views-{name}", found, partial(run, name, runs))
+        rows = [row for rows in seeds for row in rows]
+        axes[0, column].set_title(name)
+        draw_arms(axes[0, column], rows)
+        if "weights" in found.part:
+            runs = [(arm, w) for arm in ("published", "apart") for w in WEIGHTS if w != WEIGHT]
+            seeds = each_seed(f"weights-{name}", found, partial(run, name, runs))
+            draw_weights(axes[1, column], rows + [row for rows in seeds for row in rows])
+    if "weights" in found.part:
+        axes[1, 0].legend(fontsize=8)
+    path = found.output / "ordinary_views.png"
+    figure.savefig(path)
+    print("Wrote", path)
 
 
 if __name__ == "__main__":
