@@ -19,7 +19,7 @@ help:  ## print the commands
 demo: $(VENV)/.examples  ## turn the hue of photographs: train seven arms and print the table
 	$(RUN) docs/examples/photos.py $(ARGS)
 
-experiment: $(VENV)/.examples  ## run an experiment of docs/experiments: make experiment NAME=theory
+experiment: $(VENV)/.experiments  ## run an experiment of docs/experiments: make experiment NAME=theory
 	$(RUN) docs/experiments/$(NAME).py $(ARGS)
 
 docs: $(VENV)/.docs  ## build the site into build/docs; warnings are errors

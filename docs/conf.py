@@ -4,8 +4,9 @@ from importlib.metadata import metadata
 from importlib.util import find_spec
 from typing import Any
 
-import care_loss
 from sphinx.application import Sphinx
+
+import care_loss
 
 # project.urls of pyproject.toml: "Repository" and "Documentation" are absent until they exist.
 URLS = dict(url.split(", ") for url in metadata("care_loss").get_all("Project-URL") or [])

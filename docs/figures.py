@@ -13,12 +13,13 @@ from pathlib import Path
 
 import matplotlib.style
 import torch
-from care_loss import sphere
-from care_loss.rotation import fit_rotation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch
 from torch import Tensor
+
+from care_loss import sphere
+from care_loss.rotation import fit_rotation
 
 DOCS = Path(__file__).parent
 matplotlib.style.use(DOCS / "style.mplstyle")

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
-import photos
 import torch
 from care_loss import CAREloss
 from care_loss.functional import info_nce_loss
 from care_loss.views import augment_chunks
 from torch import Tensor, nn
+
+import photos
 
 TEMPERATURE, MOMENTUM, QUEUE = 0.2, 0.99, 2048
 

@@ -15,7 +15,6 @@ import argparse
 import csv
 from pathlib import Path
 
-import photos
 import torch
 import torch.distributed as dist
 from care_loss import CAREloss
@@ -23,6 +22,8 @@ from care_loss.distributed import assert_seeds_differ
 from care_loss.views import augment_chunks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+import photos
 
 
 def without_batch_norm(network: nn.Module) -> nn.Module:

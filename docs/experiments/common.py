@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import matplotlib.style
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
 from care_loss import CAREloss, InfoNCELoss
 from care_loss.functional import info_nce_loss, uniformity_loss
 from care_loss.sphere import normalize
 from care_loss.views import augment_chunks, shared_views
-from torch import Tensor, nn
-from tqdm import tqdm
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

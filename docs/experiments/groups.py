@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from care_loss.rotation import random_orthogonal
 from common import DIM, Group, Transform
 from torch import Tensor, nn
+
+from care_loss.rotation import random_orthogonal
 
 TEMPLATES, COPIES = 50, 8
 

@@ -15,14 +15,15 @@ from copy import deepcopy
 from functools import partial
 
 import torch
-from care_loss.metrics import equivariance_report
-from care_loss.sphere import normalize
 from common import BATCH, Group, Row, arms, each_seed, options, train
 from groups import GROUPS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from care_loss.metrics import equivariance_report
+from care_loss.sphere import normalize
 
 WEIGHT, WEIGHTS = 10.0, (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FIGURES = ("gap_ratio", "shared_gap", "unshared_gap", "rotation_share", "linear_share")

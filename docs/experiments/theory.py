@@ -17,14 +17,15 @@ import math
 from collections import defaultdict
 
 import torch
-from care_loss.functional import equivariance_loss
-from care_loss.rotation import fit_rotation, random_orthogonal
-from care_loss.sphere import normalize
 from common import Row, each_seed, options
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
+
+from care_loss.functional import equivariance_loss
+from care_loss.rotation import fit_rotation, random_orthogonal
+from care_loss.sphere import normalize
 
 DIM, ROWS = 16, 256
 CHUNK_SIZES = [2, 4, 8, 16, 32, 64, 256]

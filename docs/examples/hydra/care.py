@@ -1,9 +1,10 @@
 """Train with the data, the views and the loss of a Hydra configuration."""
 
-import hydra
 import torch
 import torchvision
 from hydra.utils import instantiate
+
+import hydra
 
 
 @hydra.main(version_base=None, config_path=".", config_name="before")

@@ -4,6 +4,7 @@ import torch
 import torchvision
 from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 from torchvision.transforms import ToTensor, v2
+
 from transformers import Trainer, TrainingArguments
 
 

@@ -5,6 +5,7 @@ import torchvision
 from care_loss import CAREloss
 from care_loss.views import SharedAugmentCollate
 from torchvision.transforms import ToTensor, v2
+
 from transformers import Trainer, TrainingArguments
 
 
