@@ -170,14 +170,21 @@ def spread(values: list[str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def over_seeds(rows: list[Row], columns: dict[str, str], *labels: str) -> Table:
+def rounded(value: str) -> str:
+    return f"{float(value):.2g}" if abs(float(value)) < 1 else f"{float(value):.3g}"
+
+
+def over_seeds(
+    rows: list[Row], columns: dict[str, str], *labels: str, show: Callable[[str], str] = str
+) -> Table:
     """Make a line of the rows with the same labels, whose cells have the range over the seeds."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[label] for label in labels), []).append(row)
     table = [[*labels, *columns]]
     for key, some in groups.items():
-        table.append([*key, *(spread([row[name] for row in some]) for name in columns.values())])
+        cells = ([show(row[name]) for row in some] for name in columns.values())
+        table.append([*key, *map(spread, cells)])
     return table
 
 
@@ -208,7 +215,7 @@ MEASURED |= {"mean norm": "mean_norm", "kNN": "kNN"}
 
 
 def arms_of(name: str) -> Table:
-    return over_seeds(experiment(name), MEASURED, "arm", "forwards")
+    return over_seeds(experiment(name), MEASURED, "arm", "forwards", show=rounded)
 
 
 def against_placebo(name: str) -> Table:
@@ -237,7 +244,9 @@ def weights_of(group: str) -> Table:
     rows = [row for row in rows if row["arm"] in ("published", "apart")]
     rows.sort(key=lambda row: (row["arm"], float(row["weight"])))
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
-    return over_seeds(rows, columns | {"mean norm": "mean_norm", "kNN": "kNN"}, "arm", "weight")
+    return over_seeds(
+        rows, columns | {"mean norm": "mean_norm", "kNN": "kNN"}, "arm", "weight", show=rounded
+    )
 
 
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
@@ -322,8 +331,6 @@ TABLES: dict[str, Callable[[], Table]] = {
     "clouds-arms": partial(arms_of, "ordinary_views-clouds"),
     "clouds-placebos": partial(against_placebo, "ordinary_views-clouds"),
     "clouds-weights": partial(weights_of, "clouds"),
-    "sprites-arms": partial(arms_of, "ordinary_views-sprites"),
-    "sprites-placebos": partial(against_placebo, "ordinary_views-sprites"),
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),
