@@ -331,6 +331,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "clouds-arms": partial(arms_of, "ordinary_views-clouds"),
     "clouds-placebos": partial(against_placebo, "ordinary_views-clouds"),
     "clouds-weights": partial(weights_of, "clouds"),
+    "sprites-arms": partial(arms_of, "ordinary_views-sprites"),
+    "sprites-placebos": partial(against_placebo, "ordinary_views-sprites"),
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

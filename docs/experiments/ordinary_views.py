@@ -107,28 +107,33 @@ def draw_weights(ax: Axes, rows: list[Row]) -> None:
         ax.axhline(statistics.mean(ratios_of_arm), color=colour, ls="--", lw=1.5, label=arm)
     ax.set(xlabel="weight of the equivariance loss", ylabel="gap ratio")
     ax.grid()
+    ax.legend(fontsize=8)
 
 
 def main() -> None:
-    parts = ["arms", "weights"]
-    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS), part=parts)
-    figure = Figure(figsize=(5.5 * len(found.group), 3.8 * len(found.part)))
-    axes = figure.subplots(len(found.part), len(found.group), squeeze=False)
-    for column, name in enumerate(found.group):
+    found = options(
+        __doc__,
+        steps=300,
+        seeds=[1, 2, 3, 4, 5],
+        group=list(GROUPS),
+        part=["arms", "weights"],
+    )
+    for name in found.group:
+        columns = 2 if "weights" in found.part else 1
+        figure = Figure(figsize=(5.5 * columns, 4))
+        first, *others = figure.subplots(1, columns, squeeze=False)[0]
         runs = [(arm, WEIGHT) for arm in arms(GROUPS[name](), WEIGHT)]
         seeds = each_seed(f"ordinary_views-{name}", found, partial(run, name, runs))
         rows = [row for rows in seeds for row in rows]
-        axes[0, column].set_title(name)
-        draw_arms(axes[0, column], rows)
-        if "weights" in found.part:
+        draw_arms(first, rows)
+        for ax in others:
             runs = [(arm, w) for arm in ("published", "apart") for w in WEIGHTS if w != WEIGHT]
             seeds = each_seed(f"weights-{name}", found, partial(run, name, runs))
-            draw_weights(axes[1, column], rows + [row for rows in seeds for row in rows])
-    if "weights" in found.part:
-        axes[1, 0].legend(fontsize=8)
-    path = found.output / "ordinary_views.png"
-    figure.savefig(path)
-    print("Wrote", path)
+            draw_weights(ax, rows + [row for rows in seeds for row in rows])
+        figure.suptitle(name)
+        path = found.output / f"ordinary_views-{name}.png"
+        figure.savefig(path)
+        print("Wrote", path)
 
 
 if __name__ == "__main__":
