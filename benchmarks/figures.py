@@ -102,10 +102,8 @@ def draw(time: Curves, memory: Curves, errors: Curves, path: Path) -> None:
     figure.savefig(path)
 
 
-def timed(
-    name: str, title: str, *keys: str, **wanted: str
-) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return a label for each size, and the rows that were timed at it."""
+def timed(name: str, title: str, *keys: str, **wanted: str) -> list[Size]:
+    """Return the sizes at which a rival was timed."""
     sizes = defaultdict(list)
     for row in read(name):
         if all(row[key] == value for key, value in wanted.items()):

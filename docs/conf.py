@@ -27,7 +27,6 @@ exclude_patterns = ["examples"]
 # Pages are Markdown that GitHub shows as well.
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-myst_links_external_new_tab = False
 source_suffix = {".md": "markdown"}
 
 # The reference comes from the docstrings, in which single backticks mean code.

@@ -7,7 +7,6 @@
 """
 
 import argparse
-import csv
 import math
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch
+from tables import results
 from torch import Tensor
 
 from care_loss import sphere
@@ -141,13 +141,7 @@ def paths() -> Figure:
 
 def distance() -> Figure:
     """Errors of distances against the angle, from the committed results."""
-    path = DOCS.parent / "benchmarks" / "results" / "sphere-errors.csv"
-    with path.open(newline="") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["question"], row["dtype"]) == ("distance, relative error", "float32")
-        ]
+    rows = results("sphere-errors", question="distance, relative error", dtype="float32")
     figure = Figure(figsize=(6, 3.6))
     ax = figure.subplots()
     contenders = {"care_loss": BEFORE, "acos, clamped": OTHER, "geoopt": AFTER}

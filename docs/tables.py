@@ -49,6 +49,11 @@ def listed(rows: list[Row], columns: dict[str, str]) -> Table:
     return [[*columns], *([row[name] for name in columns.values()] for row in rows)]
 
 
+def same(*names: str) -> dict[str, str]:
+    """Return columns whose headers are their names."""
+    return {name: name for name in names}
+
+
 # Speed
 
 
@@ -96,7 +101,7 @@ def processes() -> Table:
 
 def calculated() -> Table:
     rows = results("distributed-calculated")
-    return listed(rows, {name: name for name in rows[0]})
+    return listed(rows, same(*rows[0]))
 
 
 # Accuracy
@@ -119,7 +124,7 @@ def near_the_minimum(n: str) -> Table:
 def distances() -> Table:
     libraries = ("care_loss", "acos", "acos, clamped", "geoopt", "geomstats", "scipy")
     rows = results("sphere-errors", question="distance, relative error")
-    return listed(rows, {name: name for name in ("dtype", "angle", *libraries)})
+    return listed(rows, same("dtype", "angle", *libraries))
 
 
 def failures(subject: str) -> Table:
@@ -149,10 +154,6 @@ def seeds(path: str, columns: dict[str, str], *labels: str) -> Table:
         cells = [", ".join(row[name] for row in rows).strip(", ") for name in columns.values()]
         table.append([*(rows[0][label] for label in labels or ("arm",)), *cells])
     return table
-
-
-def same(*names: str) -> dict[str, str]:
-    return {name: name for name in names}
 
 
 # Experiments
@@ -240,7 +241,7 @@ def against_placebo(name: str) -> Table:
 
 
 def weights_of(group: str) -> Table:
-    rows = experiment(f"ordinary_views-{group}") + experiment(f"weights-{group}")
+    rows = experiment(f"arms-{group}") + experiment(f"weights-{group}")
     rows = [row for row in rows if row["arm"] in ("published", "apart")]
     rows.sort(key=lambda row: (row["arm"], float(row["weight"])))
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
@@ -328,11 +329,11 @@ TABLES: dict[str, Callable[[], Table]] = {
         same("verdict", "gap ratio", "rotation share", "composition") | NEIGHBOURS,
     ),
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
-    "clouds-arms": partial(arms_of, "ordinary_views-clouds"),
-    "clouds-placebos": partial(against_placebo, "ordinary_views-clouds"),
+    "clouds-arms": partial(arms_of, "arms-clouds"),
+    "clouds-placebos": partial(against_placebo, "arms-clouds"),
     "clouds-weights": partial(weights_of, "clouds"),
-    "sprites-arms": partial(arms_of, "ordinary_views-sprites"),
-    "sprites-placebos": partial(against_placebo, "ordinary_views-sprites"),
+    "sprites-arms": partial(arms_of, "arms-sprites"),
+    "sprites-placebos": partial(against_placebo, "arms-sprites"),
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

@@ -4,7 +4,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +17,13 @@ from care_loss.functional import info_nce_loss, uniformity_loss
 from care_loss.sphere import normalize
 from care_loss.views import augment_chunks, shared_views
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 Row = dict[str, str]
 Transform = Callable[[Tensor], Tensor]
 BATCH, CHUNKS, DIM = 256, 8, 16
-matplotlib.style.use(HERE.parent / "style.mplstyle")
+matplotlib.style.use(Path(__file__).parent.parent / "style.mplstyle")
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Data on which a group acts exactly, and an encoder for them.
 
     `turn` draws one element of the group for all images of a call, `own_turns` one for each image,

@@ -5,8 +5,8 @@
 Two groups that act exactly: the rotations of space on clouds of points, whose views jitter the
 points, and those of the plane on shapes of infinite dSprites, whose views change the brightness.
 Ten arms are trained from the same weights, and see equally many images. The weight of the
-equivariance loss is that of the demonstration, and was not chosen for these data. "published" and
-"apart" are trained with other weights, too.
+equivariance loss is that of the demonstration, and was not chosen for these data. As a second part,
+"published" and "apart" are trained with other weights; `--part arms` leaves it out.
 """
 
 import statistics
@@ -51,14 +51,17 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
     }
 
 
-def run(name: str, runs: list[tuple[str, float]], seed: int, steps: int) -> list[dict[str, object]]:
-    """Train arms with their weights, and measure each, and the encoder that all start from."""
+def run(name: str, part: str, seed: int, steps: int) -> list[dict[str, object]]:
+    """Train all arms, or two with other weights, and measure them and the untrained encoder."""
     torch.manual_seed(seed)
     group = GROUPS[name]()
     untrained = group.network()
     with torch.no_grad():
         for _ in range(20):  # the statistics that batch normalisation needs in eval mode
             untrained(group.batch(BATCH))
+    runs = [(arm, WEIGHT) for arm in arms(group, WEIGHT)]
+    if part == "weights":
+        runs = [(arm, w) for arm in ("published", "apart") for w in WEIGHTS if w != WEIGHT]
     start: dict[str, object] = {"arm": "untrained", "weight": "", "forwards": ""}
     rows = [start | measure(deepcopy(untrained), group)]
     for arm_name, weight in tqdm(runs, desc="arms", leave=False):
@@ -110,26 +113,25 @@ def draw_weights(ax: Axes, rows: list[Row]) -> None:
     ax.legend(fontsize=8)
 
 
+PANELS = {"arms": draw_arms, "weights": draw_weights}
+
+
 def main() -> None:
     found = options(
         __doc__,
         steps=300,
         seeds=[1, 2, 3, 4, 5],
         group=list(GROUPS),
-        part=["arms", "weights"],
+        part=list(PANELS),
     )
     for name in found.group:
-        columns = 2 if "weights" in found.part else 1
-        figure = Figure(figsize=(5.5 * columns, 4))
-        first, *others = figure.subplots(1, columns, squeeze=False)[0]
-        runs = [(arm, WEIGHT) for arm in arms(GROUPS[name](), WEIGHT)]
-        seeds = each_seed(f"ordinary_views-{name}", found, partial(run, name, runs))
-        rows = [row for rows in seeds for row in rows]
-        draw_arms(first, rows)
-        for ax in others:
-            runs = [(arm, w) for arm in ("published", "apart") for w in WEIGHTS if w != WEIGHT]
-            seeds = each_seed(f"weights-{name}", found, partial(run, name, runs))
-            draw_weights(ax, rows + [row for rows in seeds for row in rows])
+        figure = Figure(figsize=(11 if "weights" in found.part else 5.5, 4))
+        rows: list[Row] = []
+        for number, (part, draw) in enumerate(PANELS.items(), 1):
+            if part == "arms" or part in found.part:  # the arms are in both panels
+                for seed in each_seed(f"{part}-{name}", found, partial(run, name, part)):
+                    rows += seed
+                draw(figure.add_subplot(1, 2 if "weights" in found.part else 1, number), rows)
         figure.suptitle(name)
         path = found.output / f"ordinary_views-{name}.png"
         figure.savefig(path)
