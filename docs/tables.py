@@ -6,6 +6,7 @@ A table follows a line `<!-- table: name -->`. A test compares the pages with wh
 """
 
 import csv
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -167,8 +168,13 @@ def experiment(name: str, **wanted: str) -> list[Row]:
 
 
 def spread(values: list[str]) -> str:
-    low, high = (pick(values, key=float) for pick in (min, max))
-    return low if low == high else f"{low} to {high}"
+    """Return the range of the values that are defined, and of how many these are, if not all."""
+    defined = [value for value in values if value != "nan"]
+    if not defined:
+        return "not defined"
+    low, high = (pick(defined, key=float) for pick in (min, max))
+    limits = low if low == high else f"{low} to {high}"
+    return limits if len(defined) == len(values) else f"{limits} ({len(defined)} of {len(values)})"
 
 
 def rounded(value: str) -> str:
@@ -205,6 +211,8 @@ T_QUANTILE = {4: 2.776}  # of Student's distribution for 95 %, by degrees of fre
 
 def mean_and_interval(values: list[float]) -> str:
     """Return the mean, and the half width of its 95 % interval, over seeds."""
+    if any(map(math.isnan, values)):
+        return "not defined"
     half = T_QUANTILE[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
@@ -226,7 +234,7 @@ def against_placebo(name: str) -> Table:
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
     columns |= {"composition": "composition_share", "kNN": "kNN"}
     table = [["arm minus its placebo", *columns]]
-    for arm in ("published", "apart", "uniform", "CE-SSL"):
+    for arm in ("published", "apart", "uniform", "CE-SSL", "CE-SSL, changes"):
         pairs = [
             (row, found[f"placebo of {arm}", seed])
             for (other, seed), row in found.items()
@@ -250,6 +258,7 @@ def weights_of(group: str) -> Table:
     )
 
 
+GROUPS = ("clouds", "sprites", "hues")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
@@ -329,11 +338,9 @@ TABLES: dict[str, Callable[[], Table]] = {
         same("verdict", "gap ratio", "rotation share", "composition") | NEIGHBOURS,
     ),
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
-    "clouds-arms": partial(arms_of, "arms-clouds"),
-    "clouds-placebos": partial(against_placebo, "arms-clouds"),
-    "clouds-weights": partial(weights_of, "clouds"),
-    "sprites-arms": partial(arms_of, "arms-sprites"),
-    "sprites-placebos": partial(against_placebo, "arms-sprites"),
+    **{f"{name}-arms": partial(arms_of, f"arms-{name}") for name in GROUPS},
+    **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
+    **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

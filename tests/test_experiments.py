@@ -14,6 +14,7 @@ RUNS = {  # each with the files of results that it writes
     ("theory",): ("theory",),
     (VIEWS, "--group", "clouds"): ("arms-clouds", "weights-clouds"),
     (VIEWS, "--group", "sprites", "--part", "arms"): ("arms-sprites",),
+    (VIEWS, "--group", "hues", "--part", "arms"): ("arms-hues",),
 }
 
 

@@ -138,14 +138,14 @@ def crop_and_flip(*, shared: bool = False) -> nn.Module:
     )
 
 
-def network(width: int = 16) -> nn.Sequential:
+def network(dim: int = DIM, width: int = 16) -> nn.Sequential:
     """Return a backbone of four convolutions, whose output kNN uses, and a projection head."""
     backbone = nn.Sequential()
     for i, o in pairwise([3, width, 2 * width, 4 * width, 8 * width]):
         backbone.extend([nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()])
     backbone.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
     hidden = [nn.Linear(o, o, bias=False), nn.BatchNorm1d(o), nn.ReLU()]
-    return nn.Sequential(backbone, nn.Sequential(*hidden, nn.Linear(o, DIM)))
+    return nn.Sequential(backbone, nn.Sequential(*hidden, nn.Linear(o, dim)))
 
 
 def make_arms(weight: float) -> dict[str, Arm]:

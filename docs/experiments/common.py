@@ -3,7 +3,8 @@
 import argparse
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,20 +15,25 @@ from tqdm import tqdm
 
 from care_loss import CAREloss, InfoNCELoss
 from care_loss.functional import info_nce_loss, uniformity_loss
+from care_loss.metrics import equivariance_report
 from care_loss.sphere import normalize
 from care_loss.views import augment_chunks, shared_views
 
 Row = dict[str, str]
 Transform = Callable[[Tensor], Tensor]
-BATCH, CHUNKS, DIM = 256, 8, 16
-matplotlib.style.use(Path(__file__).parent.parent / "style.mplstyle")
+BATCH, CHUNKS, DIM, WEIGHT = 256, 8, 16, 10.0
+FIGURES = ("gap_ratio", "shared_gap", "unshared_gap", "rotation_share", "linear_share")
+FIGURES += ("composition_share", "effective_rank", "mean_norm")
+DOCS = Path(__file__).parent.parent
+sys.path.append(str(DOCS / "examples"))  # for what the demonstration has already
+matplotlib.style.use(DOCS / "style.mplstyle")
 
 
 class Group(NamedTuple):
     """Data on which a group acts exactly, and an encoder for them.
 
     `turn` draws one element of the group for all images of a call, `own_turns` one for each image,
-    and `ordinary` a nuisance for each image.
+    and `ordinary` a nuisance for each image. Each of `circles` acts by an angle, in radians.
     """
 
     batch: Callable[[int], Tensor]  # images to train on, in random states of the group
@@ -36,7 +42,8 @@ class Group(NamedTuple):
     turn: Transform
     own_turns: Transform
     ordinary: Transform
-    network: Callable[[], nn.Module]
+    network: Callable[[int], nn.Module]  # of the dimension of its embeddings
+    circles: tuple[Callable[[Tensor, Tensor], Tensor], ...]
 
 
 class Arm(NamedTuple):
@@ -85,14 +92,15 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
 
         return Arm(2, loss)
 
-    def ce_ssl(turn: Transform) -> Arm:
-        """Half SimCLR, half SimCLR on differences of embeddings of pairs that share their turns."""
+    def ce_ssl(turn: Transform, share: float) -> Arm:
+        """Mix InfoNCE with InfoNCE of the changes of two images that share both turns."""
 
         def loss(encoder: nn.Module, x: Tensor) -> Tensor:
             a1, a2, _ = shared_views(ordinary(x), turn, chunks=len(x) // 2)
-            z1, z2 = (normalize(encoder(view)) for view in (a1, a2))
+            z1, z2 = encoder(a1), encoder(a2)
             change = z1 - z2
-            return (info_nce(z1, z2) + info_nce_loss(change[0::2], change[1::2])) / 2
+            of_changes = info_nce_loss(change[0::2], change[1::2])
+            return (1 - share) * info_nce(z1, z2) + share * of_changes
 
         return Arm(2, loss)
 
@@ -106,8 +114,10 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
         "placebo of apart": apart(own),
         "uniform": uniformity(group.turn),
         "placebo of uniform": uniformity(own),
-        "CE-SSL": ce_ssl(group.turn),
-        "placebo of CE-SSL": ce_ssl(own),
+        "CE-SSL": ce_ssl(group.turn, 0.5),
+        "placebo of CE-SSL": ce_ssl(own, 0.5),
+        "CE-SSL, changes": ce_ssl(group.turn, 1.0),
+        "placebo of CE-SSL, changes": ce_ssl(own, 1.0),
     }
 
 
@@ -122,6 +132,44 @@ def train(arm: Arm, group: Group, encoder: nn.Module, steps: int) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def trained(
+    group: Group, runs: list[tuple[str, float]], seed: int, steps: int, dim: int = DIM
+) -> Iterator[tuple[dict[str, object], nn.Module]]:
+    """Yield the untrained encoder, and one for each arm and weight, with what a row says of it."""
+    untrained = group.network(dim)
+    with torch.no_grad():
+        for _ in range(20):  # the statistics that batch normalisation needs in eval mode
+            untrained(group.batch(BATCH))
+    yield {"arm": "untrained", "weight": "", "forwards": ""}, deepcopy(untrained)
+    for name, weight in tqdm(runs, desc="arms", leave=False):
+        torch.manual_seed(seed)
+        encoder, arm = deepcopy(untrained), arms(group, weight)[name]
+        train(arm, group, encoder, steps)
+        yield {"arm": name, "weight": weight, "forwards": arm.forwards}, encoder
+
+
+def nearest(z: Tensor, identity: Tensor, k: int = 5) -> float:
+    """Return how often most of the k nearest other rows show the same image."""
+    cosine = (normalize(z) @ normalize(z).mT).fill_diagonal_(-2)
+    found = identity[cosine.topk(k).indices].mode(-1).values
+    return (found == identity).double().mean().item()
+
+
+def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
+    """Return the figures of the report on the images for measuring, and the accuracy of kNN."""
+    report = equivariance_report(
+        encoder, group.testing, {"turn": group.turn}, samples=32, progress=False
+    )
+    row = report.row("turn")
+    with torch.no_grad():
+        accuracy = nearest(encoder.eval()(group.testing), group.identity)
+    return {
+        "verdict": row.verdict,
+        **{name: f"{row.figures[name].mean:.4g}" for name in FIGURES},
+        "kNN": f"{accuracy:.3f}",
+    }
 
 
 def options(

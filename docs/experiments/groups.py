@@ -1,12 +1,14 @@
 """Data on which a group acts exactly, each with an encoder."""
 
 from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import DIM, Group, Transform
+from common import Group, Transform, read
 from torch import Tensor, nn
 
 from care_loss.rotation import random_orthogonal
@@ -15,24 +17,26 @@ TEMPLATES, COPIES = 50, 8
 
 
 def group(
-    templates: Tensor,
+    training: Tensor,
+    others: Tensor,
     turn: Transform,
     own_turns: Transform,
     ordinary: Transform,
-    network: Callable[[], nn.Module],
+    network: Callable[[int], nn.Module],
+    *circles: Callable[[Tensor, Tensor], Tensor],
 ) -> Group:
-    """Return a group whose training images are the first half of the templates."""
-    training, others = templates.chunk(2)
-    identity = torch.arange(TEMPLATES).repeat(COPIES)
+    """Return a group with some images for training, and with others for measuring."""
+    identity = torch.arange(len(others)).repeat(COPIES)
 
     def batch(n: int) -> Tensor:
-        return own_turns(training[torch.randint(TEMPLATES, (n,))])
+        return own_turns(training[torch.randint(len(training), (n,))])
 
     testing = ordinary(own_turns(others[identity]))
-    return Group(batch, testing, identity, turn, own_turns, ordinary, network)
+    return Group(batch, testing, identity, turn, own_turns, ordinary, network, circles)
 
 
-# SO(3) on clouds of points of several kinds: coordinates, then the kind as zeros and a one.
+# SO(3) on clouds of points of several kinds: coordinates, then the kind as zeros and a one. Points
+# of no kind are not there.
 POINTS, KINDS, JITTER = 8, 4, 0.1
 
 
@@ -50,6 +54,20 @@ def own_turns(clouds: Tensor) -> Tensor:
     return rotate(clouds, random_orthogonal(3, batch_shape=(len(clouds),), special=True))
 
 
+def rotate_about(axis: Tensor, clouds: Tensor, angle: Tensor) -> Tensor:
+    """Rotate all clouds about an axis, by an angle."""
+    x, y, z = axis / torch.linalg.vector_norm(axis)
+    o = torch.zeros(())
+    generator = torch.stack([o, z, -y, -z, o, x, y, -x, o]).view(3, 3)
+    return rotate(clouds, torch.linalg.matrix_exp(angle.to(clouds) * generator))
+
+
+# Conjugate rotations have the same eigenvalues, so all axes must show the same multiplicities.
+AXES = [
+    partial(rotate_about, torch.tensor(axis)) for axis in ([1.0, 0, 0], [0, 1.0, 0], [1.0, 1, 1])
+]
+
+
 def jitter(clouds: Tensor) -> Tensor:
     """Move each point a little."""
     noise = JITTER * torch.randn(*clouds.shape[:-1], 3)
@@ -59,7 +77,7 @@ def jitter(clouds: Tensor) -> Tensor:
 class DeepSets(nn.Sequential):
     """The mean over points of a network of each point, and a projection head."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, dim: int, width: int = 64) -> None:
         def layers(*sizes: int) -> list[nn.Module]:
             return [
                 layer
@@ -67,15 +85,18 @@ class DeepSets(nn.Sequential):
                 for layer in (nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU())
             ]
 
+        self.width = width
         super().__init__(
             nn.Sequential(*layers(3 + KINDS, width, width)),
-            nn.Sequential(*layers(width, width), nn.Linear(width, DIM)),
+            nn.Sequential(*layers(width, width), nn.Linear(width, dim)),
         )
 
     def forward(self, clouds: Tensor) -> Tensor:
         points, head = self
-        features: Tensor = points(clouds.flatten(0, 1)).unflatten(0, clouds.shape[:2]).mean(1)
-        z: Tensor = head(features)
+        there = clouds[..., 3:].any(-1)
+        features = torch.zeros(*there.shape, self.width)
+        features[there] = points(clouds[there])
+        z: Tensor = head(features.sum(1) / there.sum(1, keepdim=True))
         return z
 
 
@@ -83,7 +104,7 @@ def clouds() -> Group:
     place = torch.randn(2 * TEMPLATES, POINTS, 3)
     kind = torch.eye(KINDS)[torch.randint(KINDS, (2 * TEMPLATES, POINTS))]
     templates = torch.cat((place - place.mean(1, keepdim=True), kind), -1)
-    return group(templates, turn, own_turns, jitter, DeepSets)
+    return group(*templates.chunk(2), turn, own_turns, jitter, DeepSets, *AXES)
 
 
 # SO(2) on shapes of infinite dSprites: the upright shape, and a channel with the angle, by which
@@ -113,12 +134,12 @@ def brightness(images: Tensor) -> Tensor:
 class ConvNet(nn.Sequential):
     """Rotate the shapes, and map them by four convolutions and a projection head."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, dim: int, width: int = 8) -> None:
         layers: list[nn.Module] = []
         for i, o in pairwise([1, width, 2 * width, 4 * width, 8 * width]):
             layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        layers += [nn.Linear(o, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Linear(o, DIM)]
+        layers += [nn.Linear(o, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Linear(o, dim)]
         super().__init__(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -149,7 +170,62 @@ def sprites() -> Group:
     )
     shapes = torch.as_tensor(np.stack([image for image, _ in dataset]))
     upright = torch.cat((shapes, torch.zeros_like(shapes)), 1)
-    return group(upright, turn_in_plane, own_turns_in_plane, brightness, ConvNet)
+    return group(
+        *upright.chunk(2), turn_in_plane, own_turns_in_plane, brightness, ConvNet, in_plane
+    )
 
 
-GROUPS: dict[str, Callable[[], Group]] = {"clouds": clouds, "sprites": sprites}
+# The hue of patches of photographs, a rotation of RGB about the grey axis, as in the demonstration.
+
+
+def hues() -> Group:
+    import photos  # which takes a second
+
+    with torch.random.fork_rng():
+        training, testing = photos.load_patches()
+    others = testing[torch.randperm(len(testing))[:TEMPLATES]]
+    ordinary = photos.crop_and_flip()
+    turns = photos.one_turn, photos.own_turns
+    return group(training, others, *turns, ordinary, photos.network, photos.turn_hue)
+
+
+# SO(3) on the heavy atoms of molecules: conformers of molecules of PubChem, the examples of a table
+# of patterns that comes with rdkit. One unit of length is 3 angstroms.
+ATOMS, ELEMENTS = range(6, 33), {"C": 0, "N": 1, "O": 2}  # all others are of the fourth kind
+
+
+@cache
+def conformers() -> Tensor:
+    """Return a conformer of each molecule, centred; every seed has the same."""
+    from rdkit import Chem, RDConfig, RDLogger
+    from rdkit.Chem import rdDistGeom
+
+    RDLogger.DisableLog("rdApp.*")
+    table = "NIBRSubstructureFilters/SubstructureFilter_HitTriaging_wPubChemExamples.csv"
+    patterns = read(Path(RDConfig.RDContribDir) / table)
+    examples = {pattern[f"EX{number}"] for pattern in patterns for number in range(1, 6)}
+    found = []
+    for smiles in sorted(examples):
+        molecule = Chem.MolFromSmiles(max(smiles.split("."), key=len))  # without its salt
+        if molecule is None or molecule.GetNumHeavyAtoms() not in ATOMS:
+            continue
+        full = Chem.AddHs(molecule)
+        if rdDistGeom.EmbedMolecule(full, maxAttempts=2, randomSeed=0) < 0:
+            continue
+        heavy = Chem.RemoveAllHs(full)
+        place = torch.tensor(heavy.GetConformer().GetPositions()).float() / 3
+        kinds = [ELEMENTS.get(atom.GetSymbol(), 3) for atom in heavy.GetAtoms()]
+        cloud = torch.zeros(ATOMS[-1], 3 + KINDS)
+        cloud[: len(place)] = torch.cat((place - place.mean(0), torch.eye(KINDS)[kinds]), -1)
+        found.append(cloud)
+    return torch.stack(found)
+
+
+def molecules() -> Group:
+    found = conformers()[torch.randperm(len(conformers()))]
+    others, training = found[:TEMPLATES], found[TEMPLATES:]
+    return group(training, others, turn, own_turns, jitter, DeepSets, *AXES)
+
+
+GROUPS: dict[str, Callable[[], Group]] = {"clouds": clouds, "sprites": sprites, "hues": hues}
+GROUPS |= {"molecules": molecules}

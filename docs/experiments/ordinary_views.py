@@ -2,75 +2,36 @@
 
     python docs/experiments/ordinary_views.py    # five seeds; writes build/experiments
 
-Two groups that act exactly: the rotations of space on clouds of points, whose views jitter the
-points, and those of the plane on shapes of infinite dSprites, whose views change the brightness.
-Ten arms are trained from the same weights, and see equally many images. The weight of the
+Groups that act exactly: the rotations of space on clouds of points and on molecules, whose views
+jitter the points; those of the plane on shapes of infinite dSprites, whose views change the
+brightness; and those of the hue on patches of photographs, whose views are crops and flips. Twelve
+arms are trained from the same weights, and see equally many images. The weight of the
 equivariance loss is that of the demonstration, and was not chosen for these data. As a second part,
 "published" and "apart" are trained with other weights; `--part arms` leaves it out.
 """
 
 import statistics
 from collections import defaultdict
-from copy import deepcopy
 from functools import partial
 
 import torch
-from common import BATCH, Group, Row, arms, each_seed, options, train
+from common import WEIGHT, Row, arms, each_seed, measure, options, trained
 from groups import GROUPS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from care_loss.metrics import equivariance_report
-from care_loss.sphere import normalize
-
-WEIGHT, WEIGHTS = 10.0, (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-FIGURES = ("gap_ratio", "shared_gap", "unshared_gap", "rotation_share", "linear_share")
-FIGURES += ("composition_share", "effective_rank", "mean_norm")
-
-
-def nearest(z: Tensor, identity: Tensor, k: int = 5) -> float:
-    """Return how often most of the k nearest other rows show the same image."""
-    cosine = (normalize(z) @ normalize(z).mT).fill_diagonal_(-2)
-    found = identity[cosine.topk(k).indices].mode(-1).values
-    return (found == identity).double().mean().item()
-
-
-def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
-    report = equivariance_report(
-        encoder, group.testing, {"turn": group.turn}, samples=32, progress=False
-    )
-    row = report.row("turn")
-    with torch.no_grad():
-        accuracy = nearest(encoder.eval()(group.testing), group.identity)
-    return {
-        "verdict": row.verdict,
-        **{name: f"{row.figures[name].mean:.4g}" for name in FIGURES},
-        "kNN": f"{accuracy:.3f}",
-    }
+WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 def run(name: str, part: str, seed: int, steps: int) -> list[dict[str, object]]:
     """Train all arms, or two with other weights, and measure them and the untrained encoder."""
     torch.manual_seed(seed)
     group = GROUPS[name]()
-    untrained = group.network()
-    with torch.no_grad():
-        for _ in range(20):  # the statistics that batch normalisation needs in eval mode
-            untrained(group.batch(BATCH))
     runs = [(arm, WEIGHT) for arm in arms(group, WEIGHT)]
     if part == "weights":
         runs = [(arm, w) for arm in ("published", "apart") for w in WEIGHTS if w != WEIGHT]
-    start: dict[str, object] = {"arm": "untrained", "weight": "", "forwards": ""}
-    rows = [start | measure(deepcopy(untrained), group)]
-    for arm_name, weight in tqdm(runs, desc="arms", leave=False):
-        torch.manual_seed(seed)
-        encoder, arm = deepcopy(untrained), arms(group, weight)[arm_name]
-        train(arm, group, encoder, steps)
-        label: dict[str, object] = {"arm": arm_name, "weight": weight, "forwards": arm.forwards}
-        rows.append(label | measure(encoder, group))
-    return rows
+    encoders = trained(group, runs, seed, steps)
+    return [label | measure(encoder, group) for label, encoder in encoders]
 
 
 def draw_arms(ax: Axes, rows: list[Row]) -> None:
