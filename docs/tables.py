@@ -9,6 +9,7 @@ import csv
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -258,7 +259,73 @@ def weights_of(group: str) -> Table:
     )
 
 
+def integers(row: Row) -> list[int] | None:
+    """Return the multiplicities, if all are within 0.1 of integers, and their intervals as well."""
+    if max(float(value) for value in (row["from integers"], *row["interval"].split())) >= 0.1:
+        return None
+    return [round(float(value)) for value in row["multiplicities"].split()]
+
+
+def verdict_on(row: Row) -> str:
+    """Return which representation of SO(3) an encoder has, by counting, or why it has none."""
+    found = integers(row)
+    if found is None:
+        return "no integers"
+    # A tensor of rank l has one direction of each frequency from -l to l.
+    counts = [m - higher for m, higher in zip(found, [*found[1:], 0], strict=True)]
+    if not any(counts[1:]):
+        return "scalars only"
+    names = ("scalar", "vector", "tensor of rank 2", "tensor of rank 3", "tensor of rank 4")
+    some = [
+        (n, name.replace(" ", "s ", 1) if " " in name and n > 1 else name + "s" * (n > 1))
+        for n, name in zip(counts, names, strict=True)
+        if n
+    ]
+    return ", ".join(f"{n} {name}" for n, name in some)
+
+
+def representations(name: str) -> Table:
+    """The multiplicities of the first frequencies, a line for each seed, and their intervals."""
+    rows = experiment(f"representation-{name}-16")
+
+    def lines(row: Row) -> str:
+        values, widths = row["multiplicities"].split()[:4], row["interval"].split()[:4]
+        return ", ".join(f"{v} ± {w}" for v, w in zip(values, widths, strict=True))
+
+    table = [["arm", "multiplicities of 0, 1, 2, 3", "integers", "axes", "deviation", "shuffled"]]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        some = [row for row in rows if row["arm"] == arm]
+        moving = [found for row in some if (found := integers(row)) and any(found[1:])]
+        columns = ("between axes", "deviation", "deviation, shuffled")
+        ranges = [spread([rounded(row[column]) for row in some]) for column in columns]
+        cells = "<br>".join(map(lines, some)), f"{len(moving)} of {len(some)}"
+        table.append([arm, *cells, *ranges])
+    return table
+
+
+def dimensions(name: str) -> Table:
+    """Which representations of SO(3) there are, for embeddings of several dimensions."""
+    rows = [
+        row | {"D": path.split("-")[2]}
+        for row in experiment(f"representation-{name}-*")
+        if (path := row["seed"]) and row["arm"] in ("apart", "uniform", "placebo of uniform")
+    ]
+    rows.sort(key=lambda row: int(row["D"]))
+    table = [["D", "arm", "gap ratio", "rank", "directions with 95 %", "representation, seeds"]]
+    for key in dict.fromkeys((row["D"], row["arm"]) for row in rows):
+        some = [row for row in rows if (row["D"], row["arm"]) == key]
+        columns = ("gap_ratio", "effective_rank", "subspace")
+        ranges = [spread([rounded(row[column]) for row in some]) for column in columns]
+        found = Counter(map(verdict_on, some)).most_common()
+        table.append([*key, *ranges, "<br>".join(f"{label}: {n}" for label, n in found)])
+    return table
+
+
+USES = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
+USES |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
 GROUPS = ("clouds", "sprites", "hues")
+REPRESENTED = ("clouds", "hues")
+USED = ()
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
@@ -341,6 +408,12 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-arms": partial(arms_of, f"arms-{name}") for name in GROUPS},
     **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
+    **{f"{name}-representation": partial(representations, name) for name in REPRESENTED},
+    **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds",)},
+    **{
+        f"{name}-uses": partial(over_seeds, experiment(f"uses-{name}"), USES, "arm", show=rounded)
+        for name in USED
+    },
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

@@ -15,6 +15,8 @@ RUNS = {  # each with the files of results that it writes
     (VIEWS, "--group", "clouds"): ("arms-clouds", "weights-clouds"),
     (VIEWS, "--group", "sprites", "--part", "arms"): ("arms-sprites",),
     (VIEWS, "--group", "hues", "--part", "arms"): ("arms-hues",),
+    ("representation", "--group", "clouds", "--dim", "16"): ("representation-clouds-16",),
+    ("representation", "--group", "hues"): ("representation-hues-16",),
 }
 
 

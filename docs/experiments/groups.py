@@ -114,7 +114,7 @@ SIZE = 64
 
 def in_plane(images: Tensor, angle: Tensor) -> Tensor:
     """Add an angle, one for all or one for each image, to those of images `(n, 2, SIZE, SIZE)`."""
-    return torch.stack((images[:, 0], images[:, 1] + angle.view(-1, 1, 1)), 1)
+    return torch.stack((images[:, 0], images[:, 1] + angle.to(images).view(-1, 1, 1)), 1)
 
 
 def turn_in_plane(images: Tensor) -> Tensor:
