@@ -324,7 +324,7 @@ def dimensions(name: str) -> Table:
 USES = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
 USES |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
 GROUPS = ("clouds", "sprites", "hues")
-REPRESENTED = ("clouds", "hues")
+REPRESENTED = ("clouds", "hues", "molecules")
 USED = ()
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
@@ -409,7 +409,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
     **{f"{name}-representation": partial(representations, name) for name in REPRESENTED},
-    **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds",)},
+    **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds", "molecules")},
     **{
         f"{name}-uses": partial(over_seeds, experiment(f"uses-{name}"), USES, "arm", show=rounded)
         for name in USED

@@ -17,6 +17,7 @@ RUNS = {  # each with the files of results that it writes
     (VIEWS, "--group", "hues", "--part", "arms"): ("arms-hues",),
     ("representation", "--group", "clouds", "--dim", "16"): ("representation-clouds-16",),
     ("representation", "--group", "hues"): ("representation-hues-16",),
+    ("representation", "--group", "molecules", "--dim", "16"): ("representation-molecules-16",),
 }
 
 
