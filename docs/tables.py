@@ -324,7 +324,7 @@ def dimensions(name: str) -> Table:
 USES = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
 USES |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
 GROUPS = ("clouds", "sprites", "hues")
-REPRESENTED = ("clouds", "hues", "molecules")
+REPRESENTED = ("clouds", "hues", "molecules", "sprites")
 USED = ()
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}

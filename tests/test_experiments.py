@@ -18,6 +18,7 @@ RUNS = {  # each with the files of results that it writes
     ("representation", "--group", "clouds", "--dim", "16"): ("representation-clouds-16",),
     ("representation", "--group", "hues"): ("representation-hues-16",),
     ("representation", "--group", "molecules", "--dim", "16"): ("representation-molecules-16",),
+    ("representation", "--group", "sprites", "--dim", "16"): ("representation-sprites-16",),
 }
 
 
