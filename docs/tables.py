@@ -323,9 +323,8 @@ def dimensions(name: str) -> Table:
 
 USES = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
 USES |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
-GROUPS = ("clouds", "sprites", "hues")
-REPRESENTED = ("clouds", "hues", "molecules", "sprites")
-USED = ()
+GROUPS = ("clouds", "sprites", "hues", "molecules")
+USED = ("clouds", "molecules", "sprites")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
@@ -407,8 +406,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
     **{f"{name}-arms": partial(arms_of, f"arms-{name}") for name in GROUPS},
     **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
-    **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
-    **{f"{name}-representation": partial(representations, name) for name in REPRESENTED},
+    **{f"{name}-weights": partial(weights_of, name) for name in GROUPS[:3]},
+    **{f"{name}-representation": partial(representations, name) for name in GROUPS},
     **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds", "molecules")},
     **{
         f"{name}-uses": partial(over_seeds, experiment(f"uses-{name}"), USES, "arm", show=rounded)

@@ -1,0 +1,118 @@
+"""What can be done with an embedding that a group rotates?
+
+    python docs/experiments/uses.py    # five seeds; writes build/experiments
+
+Rotations of the embedding are fitted to 72 angles on half of the held-out images. With them, three
+questions are asked about the other half, and the halves change places:
+
+* pose: two states of an image are given. Which angle lies between them? It is that whose rotation
+  takes one embedding nearest to the other.
+* retrieval: an image in another state is looked for among 25 images, by the cosine, and by the
+  largest cosine after any of the fitted rotations.
+* prediction: how high does the embedding of a turned image rank, by its distance from the rotated
+  embedding, among those of all images that were turned alike (MRR and hits@k)?
+"""
+
+import math
+from functools import partial
+
+import torch
+from common import WEIGHT, Group, Row, each_seed, options, trained
+from groups import GROUPS, TEMPLATES
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from photos import fit_rotations, wrap
+from torch import Tensor, nn
+
+from care_loss.metrics import transformed_retrieval
+from care_loss.sphere import normalize
+
+ARMS = ["SimCLR with the group", "SimCLR without"]
+ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
+ANGLES, DRAWS = 72, 8
+GRID = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
+HALVES = slice(0, None, 2), slice(1, None, 2)  # which have different images
+
+
+def found_among(queries: Tensor, gallery: Tensor) -> float:
+    """Return how often the most similar of the gallery `(*, n, D)` is the image of the query."""
+    cosine = queries @ gallery.mT  # of each rotation of the gallery, if there are several
+    best = cosine.flatten(0, -3).amax(0) if cosine.ndim > 2 else cosine
+    return (best.argmax(-1) == torch.arange(len(queries))).double().mean().item()
+
+
+@torch.no_grad()
+def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
+    encoder.eval()
+    images, turn = group.testing, group.circles[0]
+
+    def embed(images: Tensor) -> Tensor:
+        return normalize(encoder(images).double())
+
+    z, turned = embed(images), torch.stack([embed(turn(images, angle)) for angle in GRID])
+    asked = 2 * math.pi * torch.rand(len(images), dtype=torch.float64)
+    each = zip(images.split(1), asked, strict=True)
+    z_asked = torch.cat([embed(turn(image, angle)) for image, angle in each])
+    errors, plain, aligned = [], [], []
+    for fit, score in (HALVES, HALVES[::-1]):
+        rotated = z[score] @ fit_rotations(z[fit], turned[:, fit])
+        nearest = torch.linalg.vector_norm(rotated - z_asked[score], dim=-1).argmin(0)
+        errors.append(wrap(GRID[nearest] - asked[score]).abs().rad2deg())
+        states = TEMPLATES // 2
+        for some in range(0, len(z) // 2, states):  # each image in one of its states
+            rows = slice(some, some + states)
+            plain.append(found_among(z_asked[score][rows], z[score][rows]))
+            aligned.append(found_among(z_asked[score][rows], rotated[:, rows]))
+    drawn = torch.randperm(ANGLES)[:DRAWS]
+    among = transformed_retrieval(z.expand(DRAWS, -1, -1), turned[drawn], special=True)
+    error = torch.cat(errors)
+    return {
+        "pose, mean": f"{error.mean():.1f}",
+        "pose, median": f"{error.median():.1f}",
+        "found by cosine": f"{sum(plain) / len(plain):.3f}",
+        "found after rotations": f"{sum(aligned) / len(aligned):.3f}",
+        "MRR": f"{among.mrr.mean():.3f}",
+        "hits@1": f"{among.hits[:, 0].mean():.3f}",
+        "hits@5": f"{among.hits[:, 1].mean():.3f}",
+    }
+
+
+def run(name: str, seed: int, steps: int) -> list[dict[str, object]]:
+    torch.manual_seed(seed)
+    group = GROUPS[name]()
+    rows = []
+    for label, encoder in trained(group, [(arm, WEIGHT) for arm in ARMS], seed, steps):
+        torch.manual_seed(seed)
+        rows.append(label | measure(encoder, group))
+    return rows
+
+
+def draw(ax: Axes, rows: list[Row], name: str) -> None:
+    """Draw the mean error of the pose of each arm, a dot for each seed."""
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    for place, arm in enumerate(names):
+        errors = [float(row["pose, mean"]) for row in rows if row["arm"] == arm]
+        colour = "C0" if arm in ("apart", "uniform") else "C5"
+        colour = "C1" if arm.startswith("placebo") else colour
+        ax.plot(errors, [place] * len(errors), "o", color=colour, alpha=0.8)
+    ax.axvline(90, color="C5", lw=1)  # chance
+    ax.set_yticks(range(len(names)), names)
+    ax.set(title=name, xlabel="error (degrees)", xlim=(0, 100), xticks=[0, 45, 90])
+    ax.grid(axis="x")
+
+
+def main() -> None:
+    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS))
+    figure = Figure(figsize=(11, 3.2))
+    panels = figure.subplots(1, len(found.group), sharey=True, squeeze=False)[0]
+    for ax, name in zip(panels, found.group, strict=True):
+        seeds = each_seed(f"uses-{name}", found, partial(run, name))
+        draw(ax, [row for rows in seeds for row in rows], name)
+    panels[0].invert_yaxis()
+    path = found.output / "uses.png"
+    figure.savefig(path)
+    print("Wrote", path)
+
+
+if __name__ == "__main__":
+    main()
