@@ -274,14 +274,9 @@ def verdict_on(row: Row) -> str:
     # A tensor of rank l has one direction of each frequency from -l to l.
     counts = [m - higher for m, higher in zip(found, [*found[1:], 0], strict=True)]
     if not any(counts[1:]):
-        return "scalars only"
-    names = ("scalar", "vector", "tensor of rank 2", "tensor of rank 3", "tensor of rank 4")
-    some = [
-        (n, name.replace(" ", "s ", 1) if " " in name and n > 1 else name + "s" * (n > 1))
-        for n, name in zip(counts, names, strict=True)
-        if n
-    ]
-    return ", ".join(f"{n} {name}" for n, name in some)
+        return "no rotation"
+    names = "scalar", "vector", *(f"tensor of rank {rank}" for rank in range(2, len(counts)))
+    return ", ".join(f"{n} × {name}" for n, name in zip(counts, names, strict=True) if n)
 
 
 def representations(name: str) -> Table:
@@ -305,11 +300,9 @@ def representations(name: str) -> Table:
 
 def dimensions(name: str) -> Table:
     """Which representations of SO(3) there are, for embeddings of several dimensions."""
-    rows = [
-        row | {"D": path.split("-")[2]}
-        for row in experiment(f"representation-{name}-*")
-        if (path := row["seed"]) and row["arm"] in ("apart", "uniform", "placebo of uniform")
-    ]
+    shown = ("apart", "uniform", "placebo of uniform")
+    rows = [row for row in experiment(f"representation-{name}-*") if row["arm"] in shown]
+    rows = [row | {"D": row["seed"].split("-")[2]} for row in rows]
     rows.sort(key=lambda row: int(row["D"]))
     table = [["D", "arm", "gap ratio", "rank", "directions with 95 %", "representation, seeds"]]
     for key in dict.fromkeys((row["D"], row["arm"]) for row in rows):
@@ -321,8 +314,12 @@ def dimensions(name: str) -> Table:
     return table
 
 
-USES = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
-USES |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
+def uses_of(name: str) -> Table:
+    columns = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
+    columns |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
+    return over_seeds(experiment(f"uses-{name}"), columns, "arm", show=rounded)
+
+
 GROUPS = ("clouds", "sprites", "hues", "molecules")
 USED = ("clouds", "molecules", "sprites")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
@@ -409,10 +406,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS[:3]},
     **{f"{name}-representation": partial(representations, name) for name in GROUPS},
     **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds", "molecules")},
-    **{
-        f"{name}-uses": partial(over_seeds, experiment(f"uses-{name}"), USES, "arm", show=rounded)
-        for name in USED
-    },
+    **{f"{name}-uses": partial(uses_of, name) for name in USED},
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

@@ -26,7 +26,7 @@ from care_loss.rotation import rotation_angles
 from care_loss.sphere import normalize
 
 ARMS = ["SimCLR without", "apart", "placebo of apart", "uniform", "placebo of uniform"]
-DIMS = {"clouds": [2, 3, 4, 8, 16, 32, 64], "sprites": [2, DIM], "hues": [DIM]}
+DIMS = {"clouds": [2, 3, 4, 8, 16, 32, 64], "sprites": [DIM], "hues": [DIM]}
 DIMS["molecules"] = [2, 3, 16, 64]
 ANGLES, SHOWN, RESAMPLES = 36, 5, 20
 GRID = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
