@@ -321,7 +321,6 @@ def uses_of(name: str) -> Table:
 
 
 GROUPS = ("clouds", "sprites", "hues", "molecules")
-USED = ("clouds", "molecules", "sprites")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
@@ -406,7 +405,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS[:3]},
     **{f"{name}-representation": partial(representations, name) for name in GROUPS},
     **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds", "molecules")},
-    **{f"{name}-uses": partial(uses_of, name) for name in USED},
+    **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),
