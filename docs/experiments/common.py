@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import matplotlib.style
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -170,6 +171,19 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
         **{name: f"{row.figures[name].mean:.4g}" for name in FIGURES},
         "kNN": f"{accuracy:.3f}",
     }
+
+
+def draw_arms(ax: Axes, rows: list[Row], figure: str, *, chance: float) -> None:
+    """Draw a figure of each arm, a dot for each seed, and a line where chance is."""
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    for place, name in enumerate(names):
+        values = [float(row[figure]) for row in rows if row["arm"] == name]
+        colour = "C1" if name.startswith("placebo") else "C5"
+        colour = "C0" if name in ("apart", "uniform") else colour
+        ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.8)
+    ax.axvline(chance, color="C5", lw=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.grid(axis="x")
 
 
 def options(

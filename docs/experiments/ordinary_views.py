@@ -15,7 +15,7 @@ from collections import defaultdict
 from functools import partial
 
 import torch
-from common import WEIGHT, Row, arms, each_seed, measure, options, trained
+from common import WEIGHT, Row, arms, draw_arms, each_seed, measure, options, trained
 from groups import GROUPS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,19 +34,11 @@ def run(name: str, part: str, seed: int, steps: int) -> list[dict[str, object]]:
     return [label | measure(encoder, group) for label, encoder in encoders]
 
 
-def draw_arms(ax: Axes, rows: list[Row]) -> None:
-    """Draw the gap ratio of each arm, a dot for each seed."""
-    names = list(dict.fromkeys(row["arm"] for row in rows))
-    for place, name in enumerate(names):
-        ratios = [float(row["gap_ratio"]) for row in rows if row["arm"] == name]
-        colour = "C1" if name.startswith("placebo") else "C5"
-        colour = "C0" if name in ("apart", "uniform") else colour
-        ax.semilogx(ratios, [place] * len(ratios), "o", color=colour, alpha=0.8)
-    ax.axvline(1, color="C5", lw=1)
-    ax.set_yticks(range(len(names)), names)
+def draw_gap_ratios(ax: Axes, rows: list[Row]) -> None:
+    ax.set_xscale("log")
+    draw_arms(ax, rows, "gap_ratio", chance=1)
     ax.invert_yaxis()
     ax.set(xlabel="gap ratio", xlim=(0.01, 2))
-    ax.grid(axis="x")
 
 
 def draw_weights(ax: Axes, rows: list[Row]) -> None:
@@ -74,7 +66,7 @@ def draw_weights(ax: Axes, rows: list[Row]) -> None:
     ax.legend(fontsize=8)
 
 
-PANELS = {"arms": draw_arms, "weights": draw_weights}
+PANELS = {"arms": draw_gap_ratios, "weights": draw_weights}
 
 
 def main() -> None:

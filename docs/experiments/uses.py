@@ -17,9 +17,8 @@ import math
 from functools import partial
 
 import torch
-from common import WEIGHT, Group, Row, each_seed, options, trained
+from common import WEIGHT, Group, draw_arms, each_seed, options, trained
 from groups import GROUPS, TEMPLATES
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from photos import fit_rotations, wrap
 from torch import Tensor, nn
@@ -35,9 +34,8 @@ HALVES = slice(0, None, 2), slice(1, None, 2)  # which have different images
 
 
 def found_among(queries: Tensor, gallery: Tensor) -> float:
-    """Return how often the most similar of the gallery `(*, n, D)` is the image of the query."""
-    cosine = queries @ gallery.mT  # of each rotation of the gallery, if there are several
-    best = cosine.flatten(0, -3).amax(0) if cosine.ndim > 2 else cosine
+    """Return how often the best of the gallery, in T rotations `(T, n, D)`, is the right one."""
+    best = (queries @ gallery.mT).amax(0)
     return (best.argmax(-1) == torch.arange(len(queries))).double().mean().item()
 
 
@@ -61,7 +59,7 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
         states = TEMPLATES // 2
         for some in range(0, len(z) // 2, states):  # each image in one of its states
             rows = slice(some, some + states)
-            plain.append(found_among(z_asked[score][rows], z[score][rows]))
+            plain.append(found_among(z_asked[score][rows], z[score][rows].unsqueeze(0)))
             aligned.append(found_among(z_asked[score][rows], rotated[:, rows]))
     drawn = torch.randperm(ANGLES)[:DRAWS]
     among = transformed_retrieval(z.expand(DRAWS, -1, -1), turned[drawn], special=True)
@@ -87,27 +85,14 @@ def run(name: str, seed: int, steps: int) -> list[dict[str, object]]:
     return rows
 
 
-def draw(ax: Axes, rows: list[Row], name: str) -> None:
-    """Draw the mean error of the pose of each arm, a dot for each seed."""
-    names = list(dict.fromkeys(row["arm"] for row in rows))
-    for place, arm in enumerate(names):
-        errors = [float(row["pose, mean"]) for row in rows if row["arm"] == arm]
-        colour = "C0" if arm in ("apart", "uniform") else "C5"
-        colour = "C1" if arm.startswith("placebo") else colour
-        ax.plot(errors, [place] * len(errors), "o", color=colour, alpha=0.8)
-    ax.axvline(90, color="C5", lw=1)  # chance
-    ax.set_yticks(range(len(names)), names)
-    ax.set(title=name, xlabel="error (degrees)", xlim=(0, 100), xticks=[0, 45, 90])
-    ax.grid(axis="x")
-
-
 def main() -> None:
     found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS))
     figure = Figure(figsize=(11, 3.2))
     panels = figure.subplots(1, len(found.group), sharey=True, squeeze=False)[0]
     for ax, name in zip(panels, found.group, strict=True):
         seeds = each_seed(f"uses-{name}", found, partial(run, name))
-        draw(ax, [row for rows in seeds for row in rows], name)
+        draw_arms(ax, [row for rows in seeds for row in rows], "pose, mean", chance=90)
+        ax.set(title=name, xlabel="error (degrees)", xlim=(0, 100), xticks=[0, 45, 90])
     panels[0].invert_yaxis()
     path = found.output / "uses.png"
     figure.savefig(path)
