@@ -402,7 +402,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
     **{f"{name}-arms": partial(arms_of, f"arms-{name}") for name in GROUPS},
     **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
-    **{f"{name}-weights": partial(weights_of, name) for name in GROUPS[:3]},
+    **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
     **{f"{name}-representation": partial(representations, name) for name in GROUPS},
     **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds", "molecules")},
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
