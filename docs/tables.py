@@ -179,7 +179,8 @@ def spread(values: list[str]) -> str:
 
 
 def rounded(value: str) -> str:
-    return f"{float(value):.2g}" if abs(float(value)) < 1 else f"{float(value):.3g}"
+    number = float(value) + 0.0  # which makes a zero of -0.0
+    return f"{number:.2g}" if abs(number) < 1 else f"{number:.3g}"
 
 
 def over_seeds(
@@ -300,8 +301,8 @@ def representations(name: str) -> Table:
 
 def dimensions(name: str) -> Table:
     """Which representations of SO(3) there are, for embeddings of several dimensions."""
-    shown = ("apart", "uniform", "placebo of uniform")
-    rows = [row for row in experiment(f"representation-{name}-*") if row["arm"] in shown]
+    shown = ("apart", "placebo of apart", "uniform", "placebo of uniform")
+    rows = [row for row in experiment(f"{name}-*") if row["arm"] in shown]
     rows = [row | {"D": row["seed"].split("-")[2]} for row in rows]
     rows.sort(key=lambda row: int(row["D"]))
     table = [["D", "arm", "gap ratio", "rank", "directions with 95 %", "representation, seeds"]]
@@ -320,7 +321,29 @@ def uses_of(name: str) -> Table:
     return over_seeds(experiment(f"uses-{name}"), columns, "arm", show=rounded)
 
 
+def poses_in_space(name: str) -> Table:
+    columns = {"mean error (degrees)": "any axis, mean", "median": "any axis, median"}
+    columns |= {"nearest of those tried": "any axis, nearest"}
+    return over_seeds(experiment(f"uses-{name}"), columns, "arm", show=rounded)
+
+
+def probes_of(name: str) -> Table:
+    """R² of what a linear probe reads from the embeddings, and what else they are."""
+    columns = {"gap ratio": "gap_ratio", "mean norm": "mean_norm", "rank": "effective_rank"}
+    columns |= same("kNN", "orientation")
+    columns |= {"up to half a turn": "half turns"} | same("scale", "position", "brightness")
+    return over_seeds(experiment(f"probe-{name}"), columns, "arm", show=rounded)
+
+
+def probes_of_features(name: str) -> Table:
+    columns = {"orientation": "orientation", "up to half a turn": "half turns"}
+    columns |= same("scale", "position", "brightness")
+    columns = {header: f"features, {column}" for header, column in columns.items()}
+    return over_seeds(experiment(f"probe-{name}"), columns, "arm", show=rounded)
+
+
 GROUPS = ("clouds", "sprites", "hues", "molecules")
+PROBED = ("orientations", "similarities")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
@@ -404,8 +427,13 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
     **{f"{name}-representation": partial(representations, name) for name in GROUPS},
-    **{f"{name}-dimensions": partial(dimensions, name) for name in ("clouds", "molecules")},
+    "clouds-dimensions": partial(dimensions, "representation-clouds"),
+    "molecules-dimensions": partial(dimensions, "representation-molecules"),
+    "clouds-longer": partial(dimensions, "longer/representation-clouds"),
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
+    **{f"{name}-any-axis": partial(poses_in_space, name) for name in ("clouds", "molecules")},
+    **{f"{name}-probe": partial(probes_of, name) for name in PROBED},
+    **{f"{name}-features": partial(probes_of_features, name) for name in PROBED},
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "docs" / "experiments"
-VIEWS = "ordinary_views"
-RUNS = {  # each experiment and each group once, with the files of results that it writes
-    ("theory",): ("theory",),
-    (VIEWS, "--group", "clouds"): ("arms-clouds", "weights-clouds"),
-    (VIEWS, "--group", "sprites", "--part", "arms"): ("arms-sprites",),
-    (VIEWS, "--group", "hues", "--part", "arms"): ("arms-hues",),
-    (VIEWS, "--group", "molecules", "--part", "arms"): ("arms-molecules",),
-    ("representation", "--group", "clouds", "--dim", "16"): ("representation-clouds-16",),
-    ("uses", "--group", "clouds"): ("uses-clouds",),
+RUNS = {  # each experiment and each group, with the files of results that it writes
+    "theory": ("theory",),
+    "ordinary_views --group clouds": ("arms-clouds", "weights-clouds"),
+    "representation --group hues --arm apart": ("representation-hues-16",),
+    "uses --group molecules --arm apart": ("uses-molecules",),
+    "uses --group sprites --arm apart": ("uses-sprites",),
+    "probe --arm apart": ("probe-orientations", "probe-similarities"),
 }
 
 
@@ -35,18 +33,20 @@ def read(path):
 
 def test_every_experiment_is_run():
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "groups"}
-    assert scripts == {command[0] for command in RUNS}
+    assert scripts == {command.split()[0] for command in RUNS}
 
 
-@pytest.mark.parametrize("command", RUNS, ids=" ".join)
+@pytest.mark.parametrize("command", RUNS)
 def test_an_experiment_runs_for_a_step(command, tmp_path):
-    name, *more = command
+    name, *more = command.split()
     result = run(name, *more, "--steps", "1", "--seed", "0", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     for results in RUNS[command]:
         found = read(tmp_path / f"{results}-seed0.csv")
         committed = read(FOLDER / "results" / f"{results}-seed1.csv")
         assert found[0].keys() == committed[0].keys()
+        if "--arm" in more:
+            committed = [row for row in committed if row["arm"] in ("untrained", "apart")]
         assert len(found) == len(committed)
     (figure,) = tmp_path.glob("*.png")
     assert figure.stat().st_size > 10_000
@@ -63,6 +63,17 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     result = run("theory", *options, "0", "--steps", "3")
     assert result.returncode != 0
     assert "was written with --steps 1, got 3: give --again" in result.stderr
+
+
+def test_a_run_with_other_arms_is_refused(tmp_path):
+    options = ("--output", str(tmp_path), "--steps", "1", "--seed", "0", "1", "--group", "clouds")
+    options += ("--dim", "2", "--arm", "apart")
+    assert run("representation", *options).returncode == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"representation-clouds-2-seed{seed}.csv" for seed in (0, 1)}
+    result = run("representation", *options, "uniform")
+    assert result.returncode != 0
+    assert "was written with --arm ['apart'], got ['apart', 'uniform']: give" in result.stderr
 
 
 def test_the_parts_of_the_theory_that_need_no_steps_are_the_committed_ones(tmp_path):

@@ -231,10 +231,14 @@ def each_seed(
                 writer.writerows(rows)
             unfinished.replace(path)
         rows = read(path)
-        if rows[0]["steps"] != str(options.steps):
-            sys.exit(
-                f"{path} was written with --steps {rows[0]['steps']}, got {options.steps}: "
-                "give --again to replace it, or another --output."
-            )
+        arms = {row["arm"] for row in rows} - {"untrained"} if "arm" in options else set()
+        was = {"steps": rows[0]["steps"], "arm": sorted(arms)}
+        asked = {"steps": str(options.steps), "arm": sorted(getattr(options, "arm", []))}
+        for option in was:
+            if was[option] != asked[option]:
+                sys.exit(
+                    f"{path} was written with --{option} {was[option]}, got {asked[option]}: "
+                    "give --again to replace it, or another --output."
+                )
         found.append(rows)
     return found

@@ -107,14 +107,83 @@ def clouds() -> Group:
     return group(*templates.chunk(2), turn, own_turns, jitter, DeepSets, *AXES)
 
 
-# SO(2) on shapes of infinite dSprites: the upright shape, and a channel with the angle, by which
-# the encoder rotates it. So two rotations in succession are exactly that by the sum of the angles.
-SIZE = 64
+# Shapes of infinite dSprites: the upright shape, and a channel that starts with its pose, in which
+# the encoder draws it. So two rotations in succession are exactly that by the sum of the angles.
+SEEN = 32  # pixels of the side of a picture that the convolutions see
+
+
+def draw_shapes(size: int, **options: object) -> tuple[Tensor, ...]:
+    """Return upright shapes for training and for measuring, `(n, 2, size, size)` each."""
+    from idsprites import InfiniteDSprites  # which draws from NumPy's generator
+
+    np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
+    dataset = InfiniteDSprites(
+        img_size=size,
+        dataset_size=2 * TEMPLATES,
+        color_range=["white"],
+        scale_range=[1.0],
+        orientation_range=[0.0],
+        position_x_range=[0.5],
+        position_y_range=[0.5],
+        background_color="black",
+        grayscale=True,
+        **options,
+    )
+    shapes = torch.as_tensor(np.stack([image for image, _ in dataset]))
+    return torch.cat((shapes, torch.zeros_like(shapes)), 1).chunk(2)
+
+
+def pose(images: Tensor) -> Tensor:
+    """Return the angle, the logarithm of the scale, x and y of each image `(n, 4)`."""
+    return images[:, 1, 0, :4]
+
+
+def move(images: Tensor, by: Tensor) -> Tensor:
+    """Add to the poses of images, the same to all `(1, 4)`, or to each its own `(n, 4)`."""
+    moved = images.clone()
+    moved[:, 1, 0, :4] += by.to(images)
+    return moved
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Multiply each shape by a brightness of its own."""
+    factor = 0.6 + 0.8 * torch.rand(len(images), 1, 1)
+    return torch.stack((images[:, 0] * factor, images[:, 1]), 1)
+
+
+class ConvNet(nn.Sequential):
+    """Draw the shapes in their poses, and map them by four convolutions and a projection head.
+
+    The head sees means over `places` times `places` parts of a picture: over the whole picture,
+    little would be left of where a shape is.
+    """
+
+    def __init__(self, dim: int, width: int = 8, places: int = 1) -> None:
+        layers: list[nn.Module] = []
+        for i, o in pairwise([1, width, 2 * width, 4 * width, 8 * width]):
+            layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(places), nn.Flatten()]
+        layers += [nn.Linear(places**2 * o, o, bias=False), nn.BatchNorm1d(o), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(o, dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        angle, log_scale, x, y = pose(images).unbind(-1)
+        # A grid says where in the upright shape a point of the picture is, so the pose is inverted.
+        c, s = torch.stack((angle.cos(), angle.sin())) * torch.exp(-log_scale)
+        matrix = torch.stack((c, -s, s * y - c * x, s, c, -s * x - c * y), -1).view(-1, 2, 3)
+        shapes = images[:, :1]
+        grid = F.affine_grid(matrix, list(shapes.shape), align_corners=False)
+        drawn = F.grid_sample(shapes, grid, align_corners=False)
+        z: Tensor = super().forward(F.adaptive_avg_pool2d(drawn, SEEN))
+        return z
+
+
+# SO(2) on shapes without a marker of their orientation.
 
 
 def in_plane(images: Tensor, angle: Tensor) -> Tensor:
-    """Add an angle, one for all or one for each image, to those of images `(n, 2, SIZE, SIZE)`."""
-    return torch.stack((images[:, 0], images[:, 1] + angle.to(images).view(-1, 1, 1)), 1)
+    """Rotate images by an angle, one for all or one for each image."""
+    return move(images, F.pad(angle.view(-1, 1), (0, 3)))
 
 
 def turn_in_plane(images: Tensor) -> Tensor:
@@ -125,54 +194,48 @@ def own_turns_in_plane(images: Tensor) -> Tensor:
     return in_plane(images, 2 * torch.pi * torch.rand(len(images)))
 
 
-def brightness(images: Tensor) -> Tensor:
-    """Multiply each shape by a brightness of its own."""
-    factor = 0.6 + 0.8 * torch.rand(len(images), 1, 1)
-    return torch.stack((images[:, 0] * factor, images[:, 1]), 1)
-
-
-class ConvNet(nn.Sequential):
-    """Rotate the shapes, and map them by four convolutions and a projection head."""
-
-    def __init__(self, dim: int, width: int = 8) -> None:
-        layers: list[nn.Module] = []
-        for i, o in pairwise([1, width, 2 * width, 4 * width, 8 * width]):
-            layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        layers += [nn.Linear(o, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Linear(o, dim)]
-        super().__init__(*layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        angle = images[:, 1, 0, 0]
-        c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        matrix = torch.stack((c, -s, zero, s, c, zero), -1).view(-1, 2, 3)
-        grid = F.affine_grid(matrix, [len(images), 1, SIZE, SIZE], align_corners=False)
-        rotated = F.grid_sample(images[:, :1], grid, align_corners=False)
-        z: Tensor = super().forward(F.avg_pool2d(rotated, 2))
-        return z
-
-
 def sprites() -> Group:
-    from idsprites import InfiniteDSprites  # which draws from NumPy's generator
+    shapes = draw_shapes(2 * SEEN, orientation_marker=False)
+    return group(*shapes, turn_in_plane, own_turns_in_plane, brightness, ConvNet, in_plane)
 
-    np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
-    dataset = InfiniteDSprites(
-        img_size=SIZE,
-        dataset_size=2 * TEMPLATES,
-        color_range=["white"],
-        scale_range=[1.0],
-        orientation_range=[0.0],
-        position_x_range=[0.5],
-        position_y_range=[0.5],
-        orientation_marker=False,
-        background_color="black",
-        grayscale=True,
-    )
-    shapes = torch.as_tensor(np.stack([image for image, _ in dataset]))
-    upright = torch.cat((shapes, torch.zeros_like(shapes)), 1)
-    return group(
-        *upright.chunk(2), turn_in_plane, own_turns_in_plane, brightness, ConvNet, in_plane
-    )
+
+# Shapes whose right half is grey, so that all have a common upright orientation. Their scale and
+# place vary as well, and either act with the rotation, or are nuisances. Places are in units of
+# half a side of the picture.
+SPREAD = torch.tensor([torch.pi, 0.5, 0.25, 0.25])
+NUISANCE, HALVED = torch.tensor([0, 1, 1, 1]), torch.tensor([1, 0.5, 0.5, 0.5])
+
+
+def poses(n: int, spread: Tensor = SPREAD) -> Tensor:
+    """Return random poses `(n, 4)`, each value between minus its spread and its spread."""
+    return spread * (2 * torch.rand(n, 4) - 1)
+
+
+def marked(turn: Transform, own_turns: Transform, ordinary: Transform) -> Group:
+    shapes = draw_shapes(SEEN, orientation_marker_color="gray")
+    network = partial(ConvNet, places=2)
+    return group(*shapes, turn, own_turns, ordinary, network, in_plane)
+
+
+def orientations() -> Group:
+    """Return a group of rotations; scale, place and brightness are nuisances."""
+
+    def ordinary(images: Tensor) -> Tensor:
+        return brightness(move(images, poses(len(images), SPREAD * NUISANCE)))
+
+    return marked(turn_in_plane, own_turns_in_plane, ordinary)
+
+
+def similarities() -> Group:
+    """Return a group of rotations, scales and shifts; the brightness is the nuisance."""
+
+    def turn(images: Tensor) -> Tensor:
+        return move(images, poses(1, SPREAD * HALVED))
+
+    def own_turns(images: Tensor) -> Tensor:
+        return move(images, poses(len(images), SPREAD * HALVED))
+
+    return marked(turn, own_turns, brightness)
 
 
 # The hue of patches of photographs, a rotation of RGB about the grey axis, as in the demonstration.
@@ -229,3 +292,4 @@ def molecules() -> Group:
 
 GROUPS: dict[str, Callable[[], Group]] = {"clouds": clouds, "sprites": sprites, "hues": hues}
 GROUPS |= {"molecules": molecules}
+MARKED = {"orientations": orientations, "similarities": similarities}

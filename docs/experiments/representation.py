@@ -82,11 +82,11 @@ def representation(encoder: nn.Module, group: Group) -> dict[str, object]:
     }
 
 
-def run(name: str, dim: int, seed: int, steps: int) -> list[dict[str, object]]:
+def run(name: str, dim: int, arms: list[str], seed: int, steps: int) -> list[dict[str, object]]:
     torch.manual_seed(seed)
     group = GROUPS[name]()
     rows = []
-    for label, encoder in trained(group, [(arm, WEIGHT) for arm in ARMS], seed, steps, dim):
+    for label, encoder in trained(group, [(arm, WEIGHT) for arm in arms], seed, steps, dim):
         torch.manual_seed(seed)
         row = label | measure(encoder, group) | representation(encoder, group)
         if dim != DIM:
@@ -122,12 +122,18 @@ def draw_all(rows: list[Row], path: Path) -> None:
 def main() -> None:
     every = sorted({dim for dims in DIMS.values() for dim in dims})
     found = options(
-        __doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS), dim=list(map(str, every))
+        __doc__,
+        steps=300,
+        seeds=[1, 2, 3, 4, 5],
+        group=list(GROUPS),
+        dim=list(map(str, every)),
+        arm=ARMS,
     )
     for name in found.group:
         for dim in DIMS[name]:
             if str(dim) in found.dim:
-                results = each_seed(f"representation-{name}-{dim}", found, partial(run, name, dim))
+                one = partial(run, name, dim, found.arm)
+                results = each_seed(f"representation-{name}-{dim}", found, one)
                 if dim == DIM:
                     rows = [row for seed in results for row in seed]
                     draw_all(rows, found.output / f"representation-{name}.png")

@@ -11,6 +11,9 @@ questions are asked about the other half, and the halves change places:
   largest cosine after any of the fitted rotations.
 * prediction: how high does the embedding of a turned image rank, by its distance from the rotated
   embedding, among those of all images that were turned alike (MRR and hits@k)?
+
+For rotations of space, the angles are those about one axis. The pose is then asked for once more,
+with an unknown axis: as the best of 2048 random rotations of space.
 """
 
 import math
@@ -18,25 +21,59 @@ from functools import partial
 
 import torch
 from common import WEIGHT, Group, draw_arms, each_seed, options, trained
-from groups import GROUPS, TEMPLATES
+from groups import GROUPS, TEMPLATES, rotate
 from matplotlib.figure import Figure
 from photos import fit_rotations, wrap
 from torch import Tensor, nn
 
 from care_loss.metrics import transformed_retrieval
+from care_loss.rotation import random_orthogonal, rotation_distance
 from care_loss.sphere import normalize
 
-ARMS = ["SimCLR with the group", "SimCLR without"]
+ARMS = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
 ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
 ANGLES, DRAWS = 72, 8
 GRID = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
 HALVES = slice(0, None, 2), slice(1, None, 2)  # which have different images
+OF_SPACE, ROTATIONS = ("clouds", "molecules"), 2048
 
 
 def found_among(queries: Tensor, gallery: Tensor) -> float:
     """Return how often the best of the gallery, in T rotations `(T, n, D)`, is the right one."""
     best = (queries @ gallery.mT).amax(0)
     return (best.argmax(-1) == torch.arange(len(queries))).double().mean().item()
+
+
+@torch.no_grad()
+def pose_in_space(encoder: nn.Module, group: Group) -> dict[str, object]:
+    """Ask for the rotation of space between two states of a cloud, about any axis."""
+    encoder.eval()
+
+    def embed(clouds: Tensor) -> Tensor:
+        return normalize(encoder(clouds).double())
+
+    tried, asked = (
+        random_orthogonal(3, batch_shape=(count,), special=True)
+        for count in (ROTATIONS, len(group.testing))
+    )
+    z, z_asked = embed(group.testing), embed(rotate(group.testing, asked))
+    few = group.testing[: 2 * TEMPLATES]  # two states of each
+    turned = torch.stack([embed(rotate(few, rotation)) for rotation in tried])
+    errors, floors = [], []
+    for fit, score in (HALVES, HALVES[::-1]):
+        rotations = fit_rotations(z[: len(few)][fit], turned[:, fit])
+        # The cosine of z R and w is the sum of the entries of R times those of the matrix z^T w.
+        pairs = z[score].unsqueeze(-1) * z_asked[score].unsqueeze(-2)
+        best = (pairs.flatten(1) @ rotations.flatten(1).mT).argmax(-1)
+        errors.append(rotation_distance(tried[best], asked[score]).rad2deg())
+        distances = rotation_distance(tried.unsqueeze(0), asked[score].unsqueeze(1))
+        floors.append(distances.amin(-1).rad2deg())
+    error = torch.cat(errors)
+    return {
+        "any axis, mean": f"{error.mean():.1f}",
+        "any axis, median": f"{error.median():.1f}",
+        "any axis, nearest": f"{torch.cat(floors).mean():.1f}",
+    }
 
 
 @torch.no_grad()
@@ -75,22 +112,23 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
     }
 
 
-def run(name: str, seed: int, steps: int) -> list[dict[str, object]]:
+def run(name: str, arms: list[str], seed: int, steps: int) -> list[dict[str, object]]:
     torch.manual_seed(seed)
     group = GROUPS[name]()
     rows = []
-    for label, encoder in trained(group, [(arm, WEIGHT) for arm in ARMS], seed, steps):
+    for label, encoder in trained(group, [(arm, WEIGHT) for arm in arms], seed, steps):
         torch.manual_seed(seed)
-        rows.append(label | measure(encoder, group))
+        row = label | measure(encoder, group)
+        rows.append(row | (pose_in_space(encoder, group) if name in OF_SPACE else {}))
     return rows
 
 
 def main() -> None:
-    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS))
+    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS), arm=ARMS)
     figure = Figure(figsize=(11, 3.2))
     panels = figure.subplots(1, len(found.group), sharey=True, squeeze=False)[0]
     for ax, name in zip(panels, found.group, strict=True):
-        seeds = each_seed(f"uses-{name}", found, partial(run, name))
+        seeds = each_seed(f"uses-{name}", found, partial(run, name, found.arm))
         draw_arms(ax, [row for rows in seeds for row in rows], "pose, mean", chance=90)
         ax.set(title=name, xlabel="error (degrees)", xlim=(0, 100), xticks=[0, 45, 90])
     panels[0].invert_yaxis()

@@ -1,0 +1,102 @@
+"""Which part of a pose can a linear probe read from the embedding?
+
+    python docs/experiments/probe.py    # five seeds; writes build/experiments
+
+Shapes of infinite dSprites whose right half is grey have an upright orientation, a scale and a
+place. Twice, encoders are trained: where rotations, scales and shifts are the group that shall
+rotate the embedding, and where rotations alone are the group, and scale and place are nuisances of
+the ordinary views. In both, the brightness is a nuisance as well. A least-squares fit then predicts
+the cosine and sine of the orientation, those of its double, which half a turn does not change, the
+logarithm of the scale, the place and the brightness of unseen shapes, from the unit embeddings and
+from the features before the last layer.
+"""
+
+from functools import partial
+
+import torch
+from common import WEIGHT, Group, draw_arms, each_seed, measure, options, trained
+from groups import MARKED, move, pose, poses
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from care_loss.sphere import normalize
+
+ARMS = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
+ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
+SHOWN = ["orientation", "scale", "position", "brightness"]
+STATES = 4  # of each image for measuring
+
+
+def targets(images: Tensor) -> dict[str, Tensor]:
+    angle, log_scale, *place = pose(images).double().unbind(-1)
+    return {
+        "orientation": torch.stack((angle.cos(), angle.sin()), -1),
+        "half turns": torch.stack((torch.cos(2 * angle), torch.sin(2 * angle)), -1),
+        "scale": log_scale.unsqueeze(-1),
+        "position": torch.stack(place, -1),
+        "brightness": images[:, 0].double().amax((1, 2)).unsqueeze(-1),
+    }
+
+
+def explained(features: Tensor, target: Tensor, identity: Tensor) -> float:
+    """Return R² of a least-squares fit with an intercept, on shapes that it has not seen.
+
+    R² is 1 - sum (target - prediction)² / sum (target - mean)², with the sums and the one mean
+    over all rows and outputs.
+    """
+    design = torch.cat((features, torch.ones(len(features), 1)), -1)
+    predicted = torch.empty_like(target)
+    for half in (identity % 2 == 0, identity % 2 == 1):
+        predicted[half] = design[half] @ torch.linalg.lstsq(design[~half], target[~half]).solution
+    return (
+        1 - (target - predicted).square().sum() / (target - target.mean()).square().sum()
+    ).item()
+
+
+@torch.no_grad()
+def probe(encoder: nn.Sequential, group: Group) -> dict[str, object]:
+    """Return R² of all targets for held-out shapes, each in COPIES * STATES states."""
+    identity = group.identity.repeat(STATES)
+    images = group.testing.repeat(STATES, 1, 1, 1)
+    images[:, 1] = 0
+    images = move(images, poses(len(images)))
+    encoder.eval()
+    seen: list[Tensor] = []
+    hook = encoder[-1].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    sources = {"": normalize(encoder(images).double()), "features, ": seen[0].double()}
+    hook.remove()
+    return {
+        f"{source}{name}": f"{explained(z, target, identity):.3f}"
+        for source, z in sources.items()
+        for name, target in targets(images).items()
+    }
+
+
+def run(name: str, arms: list[str], seed: int, steps: int) -> list[dict[str, object]]:
+    torch.manual_seed(seed)
+    group = MARKED[name]()
+    rows = []
+    for label, encoder in trained(group, [(arm, WEIGHT) for arm in arms], seed, steps):
+        torch.manual_seed(seed)
+        rows.append(label | measure(encoder, group) | probe(encoder, group))
+    return rows
+
+
+def main() -> None:
+    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(MARKED), arm=ARMS)
+    figure = Figure(figsize=(11, 3.2 * len(found.group)))
+    panels = figure.subplots(len(found.group), len(SHOWN), sharey=True, squeeze=False)
+    for line, name in zip(panels, found.group, strict=True):
+        seeds = each_seed(f"probe-{name}", found, partial(run, name, found.arm))
+        rows = [row for seed in seeds for row in seed]
+        for ax, target in zip(line, SHOWN, strict=True):
+            draw_arms(ax, rows, target, chance=0)
+            ax.set(title=f"{name}: {target}", xlabel="R²", xlim=(-0.2, 1))
+    panels[0, 0].invert_yaxis()  # and with it those of all panels
+    path = found.output / "probe.png"
+    figure.savefig(path)
+    print("Wrote", path)
+
+
+if __name__ == "__main__":
+    main()
