@@ -328,18 +328,11 @@ def poses_in_space(name: str) -> Table:
 
 
 def probes_of(name: str) -> Table:
-    """R² of what a linear probe reads from the embeddings, and what else they are."""
+    """R² of what a linear probe reads, and what the embeddings are."""
     columns = {"gap ratio": "gap_ratio", "mean norm": "mean_norm", "rank": "effective_rank"}
     columns |= same("kNN", "orientation")
-    columns |= {"up to half a turn": "half turns"} | same("scale", "position", "brightness")
-    return over_seeds(experiment(f"probe-{name}"), columns, "arm", show=rounded)
-
-
-def probes_of_features(name: str) -> Table:
-    columns = {"orientation": "orientation", "up to half a turn": "half turns"}
-    columns |= same("scale", "position", "brightness")
-    columns = {header: f"features, {column}" for header, column in columns.items()}
-    return over_seeds(experiment(f"probe-{name}"), columns, "arm", show=rounded)
+    columns |= same("doubled angle", "scale", "position", "brightness")
+    return over_seeds(experiment(name), columns, "arm", show=rounded)
 
 
 GROUPS = ("clouds", "sprites", "hues", "molecules")
@@ -432,8 +425,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "clouds-longer": partial(dimensions, "longer/representation-clouds"),
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
     **{f"{name}-any-axis": partial(poses_in_space, name) for name in ("clouds", "molecules")},
-    **{f"{name}-probe": partial(probes_of, name) for name in PROBED},
-    **{f"{name}-features": partial(probes_of_features, name) for name in PROBED},
+    **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in PROBED},
+    "similarities-longer": partial(probes_of, "longer/probe-similarities"),
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

@@ -200,8 +200,10 @@ def options(
     found = parser.parse_args()
     if found.steps < 1:
         parser.error(f"--steps must be at least 1, got {found.steps}")
-    if len(set(found.seed)) < len(found.seed):
-        parser.error(f"--seed must not name a seed twice, got {found.seed}")
+    for name in ("seed", *choices):
+        values = getattr(found, name)
+        if len(set(values)) < len(values):
+            parser.error(f"--{name} must not name a value twice, got {values}")
     return found
 
 

@@ -7,8 +7,7 @@ place. Twice, encoders are trained: where rotations, scales and shifts are the g
 rotate the embedding, and where rotations alone are the group, and scale and place are nuisances of
 the ordinary views. In both, the brightness is a nuisance as well. A least-squares fit then predicts
 the cosine and sine of the orientation, those of its double, which half a turn does not change, the
-logarithm of the scale, the place and the brightness of unseen shapes, from the unit embeddings and
-from the features before the last layer.
+logarithm of the scale, the place and the brightness of unseen shapes from the unit embeddings.
 """
 
 from functools import partial
@@ -17,6 +16,8 @@ import torch
 from common import WEIGHT, Group, draw_arms, each_seed, measure, options, trained
 from groups import MARKED, move, pose, poses
 from matplotlib.figure import Figure
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from torch import Tensor, nn
 
 from care_loss.sphere import normalize
@@ -31,44 +32,35 @@ def targets(images: Tensor) -> dict[str, Tensor]:
     angle, log_scale, *place = pose(images).double().unbind(-1)
     return {
         "orientation": torch.stack((angle.cos(), angle.sin()), -1),
-        "half turns": torch.stack((torch.cos(2 * angle), torch.sin(2 * angle)), -1),
+        "doubled angle": torch.stack((torch.cos(2 * angle), torch.sin(2 * angle)), -1),
         "scale": log_scale.unsqueeze(-1),
         "position": torch.stack(place, -1),
         "brightness": images[:, 0].double().amax((1, 2)).unsqueeze(-1),
     }
 
 
-def explained(features: Tensor, target: Tensor, identity: Tensor) -> float:
+def explained(z: Tensor, target: Tensor, identity: Tensor) -> float:
     """Return R² of a least-squares fit with an intercept, on shapes that it has not seen.
 
     R² is 1 - sum (target - prediction)² / sum (target - mean)², with the sums and the one mean
     over all rows and outputs.
     """
-    design = torch.cat((features, torch.ones(len(features), 1)), -1)
-    predicted = torch.empty_like(target)
-    for half in (identity % 2 == 0, identity % 2 == 1):
-        predicted[half] = design[half] @ torch.linalg.lstsq(design[~half], target[~half]).solution
-    return (
-        1 - (target - predicted).square().sum() / (target - target.mean()).square().sum()
-    ).item()
+    halves = PredefinedSplit(identity.numpy() % 2)
+    predicted = cross_val_predict(LinearRegression(), z.numpy(), target.numpy(), cv=halves)
+    unexplained = (target - torch.as_tensor(predicted).view_as(target)).square().sum()
+    return 1 - (unexplained / (target - target.mean()).square().sum()).item()
 
 
 @torch.no_grad()
-def probe(encoder: nn.Sequential, group: Group) -> dict[str, object]:
-    """Return R² of all targets for held-out shapes, each in COPIES * STATES states."""
-    identity = group.identity.repeat(STATES)
+def probe(encoder: nn.Module, group: Group) -> dict[str, object]:
+    """Return R² of all targets, for held-out images in poses of all sizes."""
     images = group.testing.repeat(STATES, 1, 1, 1)
     images[:, 1] = 0
     images = move(images, poses(len(images)))
-    encoder.eval()
-    seen: list[Tensor] = []
-    hook = encoder[-1].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
-    sources = {"": normalize(encoder(images).double()), "features, ": seen[0].double()}
-    hook.remove()
+    z = normalize(encoder.eval()(images).double())
+    identity = group.identity.repeat(STATES)
     return {
-        f"{source}{name}": f"{explained(z, target, identity):.3f}"
-        for source, z in sources.items()
-        for name, target in targets(images).items()
+        name: f"{explained(z, target, identity):.3f}" for name, target in targets(images).items()
     }
 
 
