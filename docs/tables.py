@@ -330,8 +330,7 @@ def poses_in_space(name: str) -> Table:
 def probes_of(name: str) -> Table:
     """R² of what a linear probe reads, and what the embeddings are."""
     columns = {"gap ratio": "gap_ratio", "mean norm": "mean_norm", "rank": "effective_rank"}
-    columns |= same("kNN", "orientation")
-    columns |= same("doubled angle", "scale", "position", "brightness")
+    columns |= same("kNN", "orientation", "doubled angle", "scale", "position", "brightness")
     return over_seeds(experiment(name), columns, "arm", show=rounded)
 
 

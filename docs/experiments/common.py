@@ -47,6 +47,9 @@ class Group(NamedTuple):
     circles: tuple[Callable[[Tensor, Tensor], Tensor], ...]
 
 
+Measure = Callable[[nn.Module, Group], dict[str, object]]
+
+
 class Arm(NamedTuple):
     """A way to train: how many forwards a step has, and its loss."""
 
@@ -171,6 +174,31 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
         **{name: f"{row.figures[name].mean:.4g}" for name in FIGURES},
         "kNN": f"{accuracy:.3f}",
     }
+
+
+def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return the unit embeddings of an encoder in eval mode, in float64."""
+    return normalize(encoder.eval()(images).double())
+
+
+def measured(
+    make: Callable[[], Group],
+    names: list[str],
+    measures: list[Measure],
+    seed: int,
+    steps: int,
+    dim: int = DIM,
+) -> list[dict[str, object]]:
+    """Train arms with the usual weight; return a row of measures for each, and for no training."""
+    torch.manual_seed(seed)
+    group = make()
+    rows = []
+    for row, encoder in trained(group, [(name, WEIGHT) for name in names], seed, steps, dim):
+        torch.manual_seed(seed)  # all are measured with the same draws
+        for measure_of in measures:
+            row |= measure_of(encoder, group)
+        rows.append(row)
+    return rows
 
 
 def draw_arms(ax: Axes, rows: list[Row], figure: str, *, chance: float) -> None:

@@ -3,24 +3,23 @@
     python docs/experiments/probe.py    # five seeds; writes build/experiments
 
 Shapes of infinite dSprites whose right half is grey have an upright orientation, a scale and a
-place. Twice, encoders are trained: where rotations, scales and shifts are the group that shall
-rotate the embedding, and where rotations alone are the group, and scale and place are nuisances of
-the ordinary views. In both, the brightness is a nuisance as well. A least-squares fit then predicts
-the cosine and sine of the orientation, those of its double, which half a turn does not change, the
-logarithm of the scale, the place and the brightness of unseen shapes from the unit embeddings.
+position. Twice, encoders are trained: where rotations, scales and shifts are the group that shall
+rotate the embedding, and where rotations alone are the group, and scale and position are nuisances
+of the ordinary views. In both, the brightness is a nuisance as well. A least-squares fit then
+predicts the cosine and sine of the orientation, those of its double, which half a turn does not
+change, the logarithm of the scale, the position and the brightness of unseen shapes from the unit
+embeddings.
 """
 
 from functools import partial
 
 import torch
-from common import WEIGHT, Group, draw_arms, each_seed, measure, options, trained
+from common import Group, draw_arms, each_seed, embed, measure, measured, options
 from groups import MARKED, move, pose, poses
 from matplotlib.figure import Figure
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from torch import Tensor, nn
-
-from care_loss.sphere import normalize
 
 ARMS = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
 ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
@@ -57,21 +56,11 @@ def probe(encoder: nn.Module, group: Group) -> dict[str, object]:
     images = group.testing.repeat(STATES, 1, 1, 1)
     images[:, 1] = 0
     images = move(images, poses(len(images)))
-    z = normalize(encoder.eval()(images).double())
+    z = embed(encoder, images)
     identity = group.identity.repeat(STATES)
     return {
         name: f"{explained(z, target, identity):.3f}" for name, target in targets(images).items()
     }
-
-
-def run(name: str, arms: list[str], seed: int, steps: int) -> list[dict[str, object]]:
-    torch.manual_seed(seed)
-    group = MARKED[name]()
-    rows = []
-    for label, encoder in trained(group, [(arm, WEIGHT) for arm in arms], seed, steps):
-        torch.manual_seed(seed)
-        rows.append(label | measure(encoder, group) | probe(encoder, group))
-    return rows
 
 
 def main() -> None:
@@ -79,7 +68,8 @@ def main() -> None:
     figure = Figure(figsize=(11, 3.2 * len(found.group)))
     panels = figure.subplots(len(found.group), len(SHOWN), sharey=True, squeeze=False)
     for line, name in zip(panels, found.group, strict=True):
-        seeds = each_seed(f"probe-{name}", found, partial(run, name, found.arm))
+        run = partial(measured, MARKED[name], found.arm, [measure, probe])
+        seeds = each_seed(f"probe-{name}", found, run)
         rows = [row for seed in seeds for row in seed]
         for ax, target in zip(line, SHOWN, strict=True):
             draw_arms(ax, rows, target, chance=0)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import DIM, WEIGHT, Group, Row, each_seed, measure, options, trained
+from common import DIM, Group, Row, each_seed, embed, measure, measured, options
 from groups import GROUPS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from care_loss.metrics import frequencies
 from care_loss.rotation import rotation_angles
-from care_loss.sphere import normalize
 
 ARMS = ["SimCLR without", "apart", "placebo of apart", "uniform", "placebo of uniform"]
 DIMS = {"clouds": [2, 3, 4, 8, 16, 32, 64], "sprites": [DIM], "hues": [DIM]}
@@ -43,13 +42,12 @@ def multiplicities(z: Tensor, turned: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def representation(encoder: nn.Module, group: Group) -> dict[str, object]:
     """Return the multiplicities and what shows how near they are to a representation."""
-    encoder.eval()
-
-    def embed(images: Tensor) -> Tensor:
-        return normalize(encoder(images).double())
-
-    z = embed(group.testing)
-    turned = [torch.stack([embed(act(group.testing, a)) for a in GRID]) for act in group.circles]
+    z = embed(encoder, group.testing)
+    dim = z.shape[1]
+    turned = [
+        torch.stack([embed(encoder, act(group.testing, angle)) for angle in GRID])
+        for act in group.circles
+    ]
     basis = principal_subspace(torch.stack(turned).flatten(0, -2))
     z, turned = z @ basis, [t @ basis for t in turned]
     found = multiplicities(z, turned)
@@ -68,7 +66,7 @@ def representation(encoder: nn.Module, group: Group) -> dict[str, object]:
         return " ".join(format(value, form) for value in values.tolist())
 
     mean = found.mean(0)
-    return {
+    row: dict[str, object] = {
         "subspace": z.shape[1],
         "multiplicities": joined(mean),
         "interval": joined(1.96 * torch.stack(resampled).std(0)),
@@ -76,23 +74,11 @@ def representation(encoder: nn.Module, group: Group) -> dict[str, object]:
         "from integers": f"{(mean - mean.round()).abs().max():.3f}",
         "deviation": f"{deviation(shuffled=False):.4f}",
         "deviation, shuffled": f"{deviation(shuffled=True):.4f}",
-        "eigen-angles": "; ".join(
-            joined(rotation_angles(r).rad2deg(), ".0f") for r in rotations[0][:HALF]
-        ),
     }
-
-
-def run(name: str, dim: int, arms: list[str], seed: int, steps: int) -> list[dict[str, object]]:
-    torch.manual_seed(seed)
-    group = GROUPS[name]()
-    rows = []
-    for label, encoder in trained(group, [(arm, WEIGHT) for arm in arms], seed, steps, dim):
-        torch.manual_seed(seed)
-        row = label | measure(encoder, group) | representation(encoder, group)
-        if dim != DIM:
-            del row["eigen-angles"]
-        rows.append(row)
-    return rows
+    if dim == DIM:  # that of the figure
+        angles = (rotation_angles(r).rad2deg() for r in rotations[0][:HALF])
+        row["eigen-angles"] = "; ".join(joined(some, ".0f") for some in angles)
+    return row
 
 
 def draw(ax: Axes, rows: list[Row], arm: str) -> None:
@@ -132,8 +118,8 @@ def main() -> None:
     for name in found.group:
         for dim in DIMS[name]:
             if str(dim) in found.dim:
-                one = partial(run, name, dim, found.arm)
-                results = each_seed(f"representation-{name}-{dim}", found, one)
+                run = partial(measured, GROUPS[name], found.arm, [measure, representation], dim=dim)
+                results = each_seed(f"representation-{name}-{dim}", found, run)
                 if dim == DIM:
                     rows = [row for seed in results for row in seed]
                     draw_all(rows, found.output / f"representation-{name}.png")

@@ -20,7 +20,7 @@ import math
 from functools import partial
 
 import torch
-from common import WEIGHT, Group, draw_arms, each_seed, options, trained
+from common import Group, draw_arms, each_seed, embed, measured, options
 from groups import GROUPS, TEMPLATES, rotate
 from matplotlib.figure import Figure
 from photos import fit_rotations, wrap
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from care_loss.metrics import transformed_retrieval
 from care_loss.rotation import random_orthogonal, rotation_distance
-from care_loss.sphere import normalize
 
 ARMS = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
 ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
@@ -47,18 +46,13 @@ def found_among(queries: Tensor, gallery: Tensor) -> float:
 @torch.no_grad()
 def pose_in_space(encoder: nn.Module, group: Group) -> dict[str, object]:
     """Ask for the rotation of space between two states of a cloud, about any axis."""
-    encoder.eval()
-
-    def embed(clouds: Tensor) -> Tensor:
-        return normalize(encoder(clouds).double())
-
     tried, asked = (
         random_orthogonal(3, batch_shape=(count,), special=True)
         for count in (ROTATIONS, len(group.testing))
     )
-    z, z_asked = embed(group.testing), embed(rotate(group.testing, asked))
+    z, z_asked = embed(encoder, group.testing), embed(encoder, rotate(group.testing, asked))
     few = group.testing[: 2 * TEMPLATES]  # two states of each
-    turned = torch.stack([embed(rotate(few, rotation)) for rotation in tried])
+    turned = torch.stack([embed(encoder, rotate(few, rotation)) for rotation in tried])
     errors, floors = [], []
     for fit, score in (HALVES, HALVES[::-1]):
         rotations = fit_rotations(z[: len(few)][fit], turned[:, fit])
@@ -78,16 +72,14 @@ def pose_in_space(encoder: nn.Module, group: Group) -> dict[str, object]:
 
 @torch.no_grad()
 def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
-    encoder.eval()
     images, turn = group.testing, group.circles[0]
-
-    def embed(images: Tensor) -> Tensor:
-        return normalize(encoder(images).double())
-
-    z, turned = embed(images), torch.stack([embed(turn(images, angle)) for angle in GRID])
+    z, turned = (
+        embed(encoder, images),
+        torch.stack([embed(encoder, turn(images, angle)) for angle in GRID]),
+    )
     asked = 2 * math.pi * torch.rand(len(images), dtype=torch.float64)
     each = zip(images.split(1), asked, strict=True)
-    z_asked = torch.cat([embed(turn(image, angle)) for image, angle in each])
+    z_asked = torch.cat([embed(encoder, turn(image, angle)) for image, angle in each])
     errors, plain, aligned = [], [], []
     for fit, score in (HALVES, HALVES[::-1]):
         rotated = z[score] @ fit_rotations(z[fit], turned[:, fit])
@@ -112,23 +104,14 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
     }
 
 
-def run(name: str, arms: list[str], seed: int, steps: int) -> list[dict[str, object]]:
-    torch.manual_seed(seed)
-    group = GROUPS[name]()
-    rows = []
-    for label, encoder in trained(group, [(arm, WEIGHT) for arm in arms], seed, steps):
-        torch.manual_seed(seed)
-        row = label | measure(encoder, group)
-        rows.append(row | (pose_in_space(encoder, group) if name in OF_SPACE else {}))
-    return rows
-
-
 def main() -> None:
     found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS), arm=ARMS)
     figure = Figure(figsize=(11, 3.2))
     panels = figure.subplots(1, len(found.group), sharey=True, squeeze=False)[0]
     for ax, name in zip(panels, found.group, strict=True):
-        seeds = each_seed(f"uses-{name}", found, partial(run, name, found.arm))
+        asked = [measure, pose_in_space] if name in OF_SPACE else [measure]
+        run = partial(measured, GROUPS[name], found.arm, asked)
+        seeds = each_seed(f"uses-{name}", found, run)
         draw_arms(ax, [row for rows in seeds for row in rows], "pose, mean", chance=90)
         ax.set(title=name, xlabel="error (degrees)", xlim=(0, 100), xticks=[0, 45, 90])
     panels[0].invert_yaxis()
