@@ -1,5 +1,6 @@
 """Data on which a group acts exactly, each with an encoder."""
 
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
@@ -290,6 +291,48 @@ def molecules() -> Group:
     return group(training, others, turn, own_turns, jitter, DeepSets, *AXES)
 
 
+# SO(3) on fragments of proteins: the alpha carbons of 64 residues in succession, of the 50 proteins
+# of the benchmark TS50, which come with the tests of MDAnalysis. A unit of length is 6 angstroms.
+FRAGMENT = 64
+CLASSES = {  # by the side chain: nonpolar, polar, negative, positive
+    "ALA GLY ILE LEU MET PHE PRO TRP VAL": 0,
+    "ASN CYS GLN SER THR TYR": 1,
+    "ASP GLU": 2,
+    "ARG HIS LYS": 3,
+}
+
+
+@cache
+def fragments() -> list[Tensor]:
+    """Return all fragments of each protein, `(n, 64, 7)`, centred."""
+    import MDAnalysis  # which takes a second
+    import MDAnalysisTests
+
+    kind = {name: number for names, number in CLASSES.items() for name in names.split()}
+    found = []
+    for path in sorted((Path(MDAnalysisTests.__file__).parent / "data/dssp").glob("?????.pdb.gz")):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unknown element")  # of atoms that are not used
+            residues = MDAnalysis.Universe(path, to_guess=()).select_atoms("name CA")
+        kinds = torch.eye(KINDS)[[kind[name] for name in residues.resnames]]
+        protein = torch.cat((torch.from_numpy(residues.positions) / 6, kinds), -1)
+        clouds = protein.unfold(0, FRAGMENT, 1).mT.clone()
+        clouds[..., :3] -= clouds[..., :3].mean(1, keepdim=True)
+        found.append(clouds)
+    return found
+
+
+def proteins() -> Group:
+    """Return a group that is measured on both ends of long proteins, and trained on all others."""
+    found = fragments()
+    order = torch.randperm(len(found)).tolist()
+    ends_apart = [number for number in order if len(found[number]) > FRAGMENT]
+    measured = ends_apart[: TEMPLATES // 2]
+    training = torch.cat([found[number] for number in order if number not in measured])
+    others = torch.cat([found[number][[0, -1]] for number in measured])
+    return group(training, others, turn, own_turns, jitter, DeepSets, *AXES)
+
+
 GROUPS: dict[str, Callable[[], Group]] = {"clouds": clouds, "sprites": sprites, "hues": hues}
-GROUPS |= {"molecules": molecules}
+GROUPS |= {"molecules": molecules, "proteins": proteins}
 MARKED = {"orientations": orientations, "similarities": similarities}

@@ -34,7 +34,7 @@ ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
 ANGLES, DRAWS = 72, 8
 GRID = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
 HALVES = slice(0, None, 2), slice(1, None, 2)  # which have different images
-OF_SPACE, ROTATIONS = ("clouds", "molecules"), 2048
+OF_SPACE, ROTATIONS = ("clouds", "molecules", "proteins"), 2048
 
 
 def found_among(queries: Tensor, gallery: Tensor) -> float:
