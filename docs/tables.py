@@ -300,7 +300,7 @@ def representations(name: str) -> Table:
 
 
 def dimensions(name: str) -> Table:
-    """Which representations of SO(3) there are, for embeddings of several dimensions."""
+    """Which representations there are, for embeddings of several dimensions."""
     shown = ("apart", "placebo of apart", "uniform", "placebo of uniform")
     rows = [row for row in experiment(f"{name}-*") if row["arm"] in shown]
     rows = [row | {"D": row["seed"].split("-")[2]} for row in rows]
@@ -334,7 +334,8 @@ def probes_of(name: str) -> Table:
     return over_seeds(experiment(name), columns, "arm", show=rounded)
 
 
-GROUPS = ("clouds", "sprites", "hues", "molecules")
+GROUPS = ("clouds", "sprites", "hues", "molecules", "proteins")
+OF_SPACE = ("clouds", "molecules", "proteins")
 PROBED = ("orientations", "similarities")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
@@ -419,11 +420,10 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
     **{f"{name}-representation": partial(representations, name) for name in GROUPS},
-    "clouds-dimensions": partial(dimensions, "representation-clouds"),
-    "molecules-dimensions": partial(dimensions, "representation-molecules"),
+    **{f"{name}-dimensions": partial(dimensions, f"representation-{name}") for name in OF_SPACE},
     "clouds-longer": partial(dimensions, "longer/representation-clouds"),
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
-    **{f"{name}-any-axis": partial(poses_in_space, name) for name in ("clouds", "molecules")},
+    **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},
     **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in PROBED},
     "similarities-longer": partial(probes_of, "longer/probe-similarities"),
     "theory-bound": bound,

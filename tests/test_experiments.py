@@ -11,7 +11,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "docs" / "experiments"
 RUNS = {  # each experiment and each group, with the files of results that it writes
     "theory": ("theory",),
-    "ordinary_views --group clouds": ("arms-clouds", "weights-clouds"),
+    "ordinary_views --group proteins": ("arms-proteins", "weights-proteins"),
     "representation --group molecules --dim 16 --arm apart": ("representation-molecules-16",),
     "uses --group clouds hues sprites --arm apart": ("uses-clouds", "uses-hues", "uses-sprites"),
     "probe --arm apart": ("probe-orientations", "probe-similarities"),
@@ -51,14 +51,22 @@ def test_an_experiment_runs_for_a_step(command, tmp_path):
     assert figure.stat().st_size > 10_000
 
 
-def test_a_run_goes_on_where_it_was(tmp_path):
-    options = ("--output", str(tmp_path), "--steps", "1", "--seed")
-    assert run("theory", *options, "0").returncode == 0
-    first = tmp_path / "theory-seed0.csv"
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The results of the theory, seed 0, after a step."""
+    path = tmp_path_factory.mktemp("theory") / "theory-seed0.csv"
+    result = run("theory", "--steps", "1", "--seed", "0", "--output", str(path.parent))
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+@pytest.mark.xdist_group("theory")
+def test_a_run_goes_on_where_it_was(first):
+    options = ("--output", str(first.parent), "--steps", "1", "--seed")
     written = first.stat().st_mtime_ns
     assert run("theory", *options, "0", "1").returncode == 0
     assert first.stat().st_mtime_ns == written  # it was not run again
-    assert (tmp_path / "theory-seed1.csv").exists()
+    assert first.with_name("theory-seed1.csv").exists()
     result = run("theory", *options, "0", "--steps", "3")
     assert result.returncode != 0
     assert "was written with --steps 1, got 3: give --again" in result.stderr
@@ -73,12 +81,11 @@ def test_a_run_with_other_arms_is_refused(tmp_path):
     assert "was written with --arm ['apart'], got ['apart', 'uniform']: give" in result.stderr
 
 
-def test_the_parts_of_the_theory_that_need_no_steps_are_the_committed_ones(tmp_path):
-    result = run("theory", "--steps", "1", "--seed", "0", "--output", str(tmp_path))
-    assert result.returncode == 0, result.stderr
+@pytest.mark.xdist_group("theory")
+def test_the_parts_of_the_theory_that_need_no_steps_are_the_committed_ones(first):
     found, expected = (
         [row for row in read(path) if row["part"] == "bound"]
-        for path in (tmp_path / "theory-seed0.csv", FOLDER / "results" / "theory-seed0.csv")
+        for path in (first, FOLDER / "results" / first.name)
     )
     assert len(found) == len(expected) == 100
     for row, committed in zip(found, expected, strict=True):

@@ -3,11 +3,11 @@
     python docs/experiments/ordinary_views.py    # five seeds; writes build/experiments
 
 Groups that act exactly: the rotations of space on clouds of points, on molecules and on fragments
-of proteins, whose views jitter the points; those of the plane on shapes of infinite dSprites, whose views change the
-brightness; and those of the hue on patches of photographs, whose views are crops and flips. Twelve
-arms are trained from the same weights, and see equally many images. The weight of the
-equivariance loss is that of the demonstration, and was not chosen for these data. As a second part,
-"published" and "apart" are trained with other weights; `--part arms` leaves it out.
+of proteins, whose views jitter the points; those of the plane on shapes of infinite dSprites, whose
+views change the brightness; and those of the hue on patches of photographs, whose views are crops
+and flips. Twelve arms are trained from the same weights, and see equally many images. The weight of
+the equivariance loss is that of the demonstration, and was not chosen for these data. As a second
+part, "published" and "apart" are trained with other weights; `--part arms` leaves it out.
 """
 
 import statistics

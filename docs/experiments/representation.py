@@ -25,8 +25,8 @@ from care_loss.metrics import frequencies
 from care_loss.rotation import rotation_angles
 
 ARMS = ["SimCLR without", "apart", "placebo of apart", "uniform", "placebo of uniform"]
-DIMS = {"clouds": [2, 3, 4, 8, 16, 32, 64], "sprites": [DIM], "hues": [DIM]}
-DIMS |= {name: [2, 3, 16, 64] for name in ("molecules", "proteins")}
+DIMS = {"clouds": [2, 3, 4, 8, 16, 32, 64], "molecules": [2, 3, 16, 64], "proteins": [2, 3, 16, 64]}
+DIMS |= {"sprites": [DIM], "hues": [DIM]}
 ANGLES, SHOWN, RESAMPLES = 36, 5, 20
 GRID = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
 HALF = ANGLES // 2 + 1  # a rotation by a negative angle has the same eigen-angles
