@@ -280,6 +280,24 @@ def verdict_on(row: Row) -> str:
     return ", ".join(f"{n} × {name}" for n, name in zip(counts, names, strict=True) if n)
 
 
+def frequencies_of(row: Row) -> str:
+    """Return which representation of the circle an encoder has, or why it has none."""
+    found = integers(row)
+    if found is None:
+        return "no integers"
+    directions = int(row["subspace"])
+    if found[0] == directions:
+        return "no rotation"
+    higher = (directions - found[0]) // 2 - sum(found[1:])
+    names = [f"{n} × frequency {k}" for k, n in enumerate(found) if n]
+    return ", ".join([*names, f"{higher} × a higher one"] if higher else names)
+
+
+def counted(rows: list[Row], verdict: Cell) -> str:
+    found = Counter(map(verdict, rows)).most_common()
+    return "<br>".join(f"{label}: {n}" for label, n in found)
+
+
 def representations(name: str) -> Table:
     """The multiplicities of the first frequencies, a line for each seed, and their intervals."""
     rows = experiment(f"representation-{name}-16")
@@ -299,7 +317,7 @@ def representations(name: str) -> Table:
     return table
 
 
-def dimensions(name: str) -> Table:
+def dimensions(name: str, verdict: Cell = verdict_on) -> Table:
     """Which representations there are, for embeddings of several dimensions."""
     shown = ("apart", "placebo of apart", "uniform", "placebo of uniform")
     rows = [row for row in experiment(f"{name}-*") if row["arm"] in shown]
@@ -310,8 +328,7 @@ def dimensions(name: str) -> Table:
         some = [row for row in rows if (row["D"], row["arm"]) == key]
         columns = ("gap_ratio", "effective_rank", "subspace")
         ranges = [spread([rounded(row[column]) for row in some]) for column in columns]
-        found = Counter(map(verdict_on, some)).most_common()
-        table.append([*key, *ranges, "<br>".join(f"{label}: {n}" for label, n in found)])
+        table.append([*key, *ranges, counted(some, verdict)])
     return table
 
 
@@ -421,6 +438,10 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
     **{f"{name}-representation": partial(representations, name) for name in GROUPS},
     **{f"{name}-dimensions": partial(dimensions, f"representation-{name}") for name in OF_SPACE},
+    **{
+        f"{name}-dimensions": partial(dimensions, f"representation-{name}", frequencies_of)
+        for name in ("sprites", "hues")
+    },
     "clouds-longer": partial(dimensions, "longer/representation-clouds"),
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
     **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},

@@ -23,6 +23,8 @@ from care_loss.views import augment_chunks, shared_views
 Row = dict[str, str]
 Transform = Callable[[Tensor], Tensor]
 BATCH, CHUNKS, DIM, WEIGHT = 256, 8, 16, 10.0
+COMPARED = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
+COMPARED += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
 FIGURES = ("gap_ratio", "shared_gap", "unshared_gap", "rotation_share", "linear_share")
 FIGURES += ("composition_share", "effective_rank", "mean_norm")
 DOCS = Path(__file__).parent.parent
@@ -188,12 +190,13 @@ def measured(
     seed: int,
     steps: int,
     dim: int = DIM,
+    weight: float = WEIGHT,
 ) -> list[dict[str, object]]:
-    """Train arms with the usual weight; return a row of measures for each, and for no training."""
+    """Train arms with one weight; return a row of measures for each, and for no training."""
     torch.manual_seed(seed)
     group = make()
     rows = []
-    for row, encoder in trained(group, [(name, WEIGHT) for name in names], seed, steps, dim):
+    for row, encoder in trained(group, [(name, weight) for name in names], seed, steps, dim):
         torch.manual_seed(seed)  # all are measured with the same draws
         for measure_of in measures:
             row |= measure_of(encoder, group)
@@ -201,14 +204,18 @@ def measured(
     return rows
 
 
+def colour(arm: str) -> str:
+    if arm.startswith("placebo"):
+        return "C1"
+    return "C0" if arm in ("apart", "uniform") else "C5"
+
+
 def draw_arms(ax: Axes, rows: list[Row], figure: str, *, chance: float) -> None:
     """Draw a figure of each arm, a dot for each seed, and a line where chance is."""
     names = list(dict.fromkeys(row["arm"] for row in rows))
     for place, name in enumerate(names):
         values = [float(row[figure]) for row in rows if row["arm"] == name]
-        colour = "C1" if name.startswith("placebo") else "C5"
-        colour = "C0" if name in ("apart", "uniform") else colour
-        ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.8)
+        ax.plot(values, [place] * len(values), "o", color=colour(name), alpha=0.8)
     ax.axvline(chance, color="C5", lw=1)
     ax.set_yticks(range(len(names)), names)
     ax.grid(axis="x")

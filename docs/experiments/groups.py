@@ -201,8 +201,8 @@ def sprites() -> Group:
 
 
 # Shapes whose right half is grey, so that all have a common upright orientation. Their scale and
-# place vary as well, and either act with the rotation, or are nuisances. Places are in units of
-# half a side of the picture.
+# place may vary as well, and either act with the rotation, or are nuisances. Places are in units
+# of half a side of the picture.
 SPREAD = torch.tensor([torch.pi, 0.5, 0.25, 0.25])
 NUISANCE, HALVED = torch.tensor([0, 1, 1, 1]), torch.tensor([1, 0.5, 0.5, 0.5])
 
@@ -216,6 +216,11 @@ def marked(turn: Transform, own_turns: Transform, ordinary: Transform) -> Group:
     shapes = draw_shapes(SEEN, orientation_marker_color="gray")
     network = partial(ConvNet, places=2)
     return group(*shapes, turn, own_turns, ordinary, network, in_plane)
+
+
+def upright() -> Group:
+    """Return a group of rotations; the brightness is the nuisance."""
+    return marked(turn_in_plane, own_turns_in_plane, brightness)
 
 
 def orientations() -> Group:

@@ -14,15 +14,13 @@ embeddings.
 from functools import partial
 
 import torch
-from common import Group, draw_arms, each_seed, embed, measure, measured, options
+from common import COMPARED, Group, draw_arms, each_seed, embed, measure, measured, options
 from groups import MARKED, move, pose, poses
 from matplotlib.figure import Figure
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from torch import Tensor, nn
 
-ARMS = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
-ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
 SHOWN = ["orientation", "scale", "position", "brightness"]
 STATES = 4  # of each image for measuring
 
@@ -64,7 +62,7 @@ def probe(encoder: nn.Module, group: Group) -> dict[str, object]:
 
 
 def main() -> None:
-    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(MARKED), arm=ARMS)
+    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(MARKED), arm=COMPARED)
     figure = Figure(figsize=(11, 3.2 * len(found.group)))
     panels = figure.subplots(len(found.group), len(SHOWN), sharey=True, squeeze=False)
     for line, name in zip(panels, found.group, strict=True):

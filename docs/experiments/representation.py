@@ -26,7 +26,7 @@ from care_loss.rotation import rotation_angles
 
 ARMS = ["SimCLR without", "apart", "placebo of apart", "uniform", "placebo of uniform"]
 DIMS = {"clouds": [2, 3, 4, 8, 16, 32, 64], "molecules": [2, 3, 16, 64], "proteins": [2, 3, 16, 64]}
-DIMS |= {"sprites": [DIM], "hues": [DIM]}
+DIMS |= {"sprites": [2, 16, 64], "hues": [2, 16]}
 ANGLES, SHOWN, RESAMPLES = 36, 5, 20
 GRID = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
 HALF = ANGLES // 2 + 1  # a rotation by a negative angle has the same eigen-angles

@@ -20,7 +20,7 @@ import math
 from functools import partial
 
 import torch
-from common import Group, draw_arms, each_seed, embed, measured, options
+from common import COMPARED, Group, draw_arms, each_seed, embed, measured, options
 from groups import GROUPS, TEMPLATES, rotate
 from matplotlib.figure import Figure
 from photos import fit_rotations, wrap
@@ -29,8 +29,6 @@ from torch import Tensor, nn
 from care_loss.metrics import transformed_retrieval
 from care_loss.rotation import random_orthogonal, rotation_distance
 
-ARMS = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
-ARMS += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
 ANGLES, DRAWS = 72, 8
 GRID = 2 * math.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
 HALVES = slice(0, None, 2), slice(1, None, 2)  # which have different images
@@ -105,7 +103,7 @@ def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
 
 
 def main() -> None:
-    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS), arm=ARMS)
+    found = options(__doc__, steps=300, seeds=[1, 2, 3, 4, 5], group=list(GROUPS), arm=COMPARED)
     figure = Figure(figsize=(11, 3.2))
     panels = figure.subplots(1, len(found.group), sharey=True, squeeze=False)[0]
     for ax, name in zip(panels, found.group, strict=True):
