@@ -328,7 +328,7 @@ def fragments() -> list[Tensor]:
 
 
 def proteins() -> Group:
-    """Return a group that is measured on both ends of long proteins, and trained on all others."""
+    """Return a group that is measured on both ends of long proteins, and trained on others."""
     found = fragments()
     order = torch.randperm(len(found)).tolist()
     ends_apart = [number for number in order if len(found[number]) > FRAGMENT]
