@@ -332,6 +332,18 @@ def dimensions(name: str, verdict: Cell = verdict_on) -> Table:
     return table
 
 
+def circles(name: str) -> Table:
+    """What two-dimensional embeddings are, and which frequencies they have."""
+    rows = experiment(f"circle-{name}")
+    columns = {"gap ratio": "gap_ratio", "cosine spread": "cosine spread"}
+    columns |= {"chance": "cosine spread, shuffled", "mean norm": "mean_norm", "kNN": "kNN"}
+    table = over_seeds(rows, columns, "arm", show=rounded)
+    table[0].append("representation, seeds")
+    for line in table[1:]:
+        line.append(counted([row for row in rows if row["arm"] == line[0]], frequencies_of))
+    return table
+
+
 def uses_of(name: str) -> Table:
     columns = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
     columns |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
@@ -442,6 +454,7 @@ TABLES: dict[str, Callable[[], Table]] = {
         f"{name}-dimensions": partial(dimensions, f"representation-{name}", frequencies_of)
         for name in ("sprites", "hues")
     },
+    **{f"{name}-circle": partial(circles, name) for name in ("upright", "sprites", "hues")},
     "clouds-longer": partial(dimensions, "longer/representation-clouds"),
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
     **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},

@@ -14,6 +14,7 @@ RUNS = {  # each experiment and each group, with the files of results that it wr
     "ordinary_views --group proteins": ("arms-proteins", "weights-proteins"),
     "representation --group molecules --dim 16 --arm apart": ("representation-molecules-16",),
     "uses --group clouds hues sprites --arm apart": ("uses-clouds", "uses-hues", "uses-sprites"),
+    "circle --arm apart --group upright": ("circle-upright",),
     "probe --arm apart": ("probe-orientations", "probe-similarities"),
 }
 
