@@ -242,8 +242,9 @@ def cosine_spread(z: Tensor, z_transformed: Tensor, *, shuffled: bool = False) -
     r"""Return the variance over the images of the cosine between :math:`f(x)` and :math:`f(a(x))`.
 
     This is the paper's statistic for embeddings on the circle: for `D = 2` it is 0 if one rotation
-    by an angle takes all rows to the transformed ones. In more dimensions a rotation moves some
-    directions further than others, and the value says nothing of equivariance.
+    by an angle takes all rows to the transformed ones. It is also 0 if the transformation moves no
+    row, so a small value does not distinguish equivariance from invariance. In more dimensions a
+    rotation moves some directions further than others, and the value says nothing of equivariance.
 
     Args:
         z: Embeddings of the images, `(*, N, D)` with `N >= 2`.
