@@ -730,6 +730,7 @@ def circle(rotations: Any, angles: Any) -> None:
             f"{tuple(rotations.shape)} and {tuple(angles.shape)}: pass one rotation per angle."
         )
     _on_device("angles", angles, rotations.device, "`rotations`")
+    rotations, angles = rotations.detach(), angles.detach()
     identity = torch.eye(rotations.shape[-1], dtype=rotations.dtype, device=rotations.device)
     deviation = float((rotations.mT @ rotations - identity).abs().max())
     if not deviation <= 0.05:

@@ -136,7 +136,8 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     t = _checks.position("t", t, x, y)
     dtype = computed_in(x)
     middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
-    s = t.to(dtype).unsqueeze(-1) if isinstance(t, Tensor) else t
+    # A single number stays as it is: that of a CPU joins the points on any device.
+    s = t.to(dtype).unsqueeze(-1) if isinstance(t, Tensor) and t.ndim else t
     # Along the circle through both points, measured from the middle of the path.
     from_middle = 1 - 2 * s
     cos, sinc = _cos_and_sinc(squared_half * from_middle**2)

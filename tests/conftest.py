@@ -17,6 +17,20 @@ def pytest_addoption(parser):
     parser.addoption("--dtype", default="float32", help="the dtype of tests that do not name one")
 
 
+def pytest_configure(config):
+    if config.getoption("--device") == "pretend":
+        importlib.import_module("pretend")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "pretend":
+        beyond = importlib.import_module("pretend").BEYOND
+        skip = pytest.mark.skip(reason="beyond the device of tests/pretend.py")
+        for item in items:
+            if any(word in item.nodeid for word in beyond):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return torch.device(request.config.getoption("--device"))

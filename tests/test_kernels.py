@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from care_loss._kernels import info_nce as kernel
+from care_loss._kernels import paths
 from care_loss.functional import equivariance_loss, info_nce_loss
 
 
@@ -77,6 +78,18 @@ def test_tiles_of_any_size_give_the_same(tile, device, monkeypatch, small_tiles)
 def test_info_nce_of_many_rows_is_the_plain_composition(n, device):
     z1, z2 = torch.randn(2, n, 8, dtype=torch.float64, device=device)
     assert_is_the_plain_composition(info_nce_loss, z1, z2)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_the_tiles_of_a_gpu_give_the_plain_composition(temperature, device, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(kernel, "is_dense", lambda rows, _: paths.is_dense(rows, gpu))
+    monkeypatch.setattr(kernel, "tile", lambda _: paths.tile(gpu))
+    height, width = paths.tile(gpu)
+    n = (max(height, width) + 2) // 2  # more than one tile of each kind, and a ragged last one
+    assert not paths.is_dense(2 * n, gpu)
+    z1, z2 = torch.randn(2, n, 8, dtype=torch.float64, device=device)
+    assert_is_the_plain_composition(partial(info_nce_loss, temperature=temperature), z1, z2)
 
 
 @pytest.mark.parametrize("shape", [(12, 2), (3, 26, 2), (2, 3, 13, 5), (0, 6, 3)])

@@ -409,7 +409,7 @@ def test_a_mirrored_frame_is_reached_by_a_rotation(d, n, seed, angle):
     r = fit_rotation(x, y, special=True).rotation
     assert_orthogonal(r, special=True)
     assert objective(x, y, r) <= 1e-14
-    assert r.trace() == pytest.approx(d - 2 - 2 * math.cos(angle), abs=1e-9)
+    assert r.trace().item() == pytest.approx(d - 2 - 2 * math.cos(angle), abs=1e-9)
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -516,10 +516,10 @@ def test_the_gap_says_whether_the_fit_is_unique():
 def test_the_gap_counts_small_values_as_0_in_the_dtype_of_the_input(device):
     x = torch.eye(2, device=device)
     y = x * torch.tensor([1.0, 1e-6], device=device)
-    assert fit_rotation(x, y).gap == pytest.approx(2e-6)  # max(N, D) eps is 2.4e-7 here
+    assert fit_rotation(x, y).gap.item() == pytest.approx(2e-6)  # max(N, D) eps is 2.4e-7 here
     many = [torch.nn.functional.pad(z, (0, 0, 0, 98)) for z in (x, y)]
     assert fit_rotation(*many).gap == 0  # and 1.2e-5 here
-    assert fit_rotation(*(z.double() for z in many)).gap == pytest.approx(2e-6)
+    assert fit_rotation(*(z.double() for z in many)).gap.item() == pytest.approx(2e-6)
     # Each counts as 0 by itself, also where their sum would not.
     x = torch.nn.functional.pad(torch.eye(3, device=device), (0, 0, 0, 97))
     y = x * torch.tensor([1.0, 1e-5, 1e-5], device=device)

@@ -25,7 +25,7 @@ def brightness(images):
 
 def noise(images):
     """A number for every image of its own."""
-    return images + torch.rand(len(images), *[1] * (images.ndim - 1))
+    return images + torch.rand(len(images), *[1] * (images.ndim - 1), device=images.device)
 
 
 def three_generators(image):

@@ -361,7 +361,7 @@ def _mean_of_ratios(z: Tensor, moved: Tensor) -> Numbers:
     # For unit rows this is the change of the squared distance; the diagonal is left out below.
     change = 2 * (u @ u.mT - v @ v.mT)
     together = rows.unsqueeze(-1) + rows.unsqueeze(-2)
-    off = ~torch.eye(rows.shape[-1], dtype=torch.bool)
+    off = ~torch.eye(rows.shape[-1], dtype=torch.bool, device=rows.device)
     kept = (together > STILL * together[..., off].mean(-1)[..., None, None]) & off
     ratios = torch.where(kept, change / together, 0).square()
     pairs = kept.sum((-2, -1))

@@ -163,7 +163,8 @@ class _Drawn:
         """Return the embeddings of the draws."""
         clean = {output: z[0] for output, z in embed.stacked(None, "clean").items()}
         shared, own, twice = (embed.stacked(self.name, k) for k in ("shared", "own", "twice"))
-        acted, differ = torch.tensor(self.acted), torch.tensor(self.differ)
+        # With the embeddings, whatever the default device is.
+        acted, differ = (torch.tensor(x, device="cpu") for x in (self.acted, self.differ))
         if any(self.new):
             return Samples(clean, shared, own, twice, acted, differ)
         # All draws are equal on all images: one of them has everything, and none has a control.
