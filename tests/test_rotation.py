@@ -9,6 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import orthogonal, seeds
 
+from care_loss import rotation
 from care_loss.rotation import (
     fit_rotation,
     nearest_orthogonal,
@@ -433,6 +434,58 @@ def test_dependent_rows_are_ordinary(n, d, rank, special, device):
             assert (excess <= 100 * eps * scale).all()
             assert (gap == 0).all()
             assert residual.isfinite().all()
+
+
+NOISE = 1000 * EPS  # relative to the largest singular value
+
+
+def noisy_values(x, **options):
+    """A solver whose singular values are wrong, as those of a GPU may be."""
+    u, s, vh = SVD(x, **options)
+    s = s + NOISE * s[..., :1] * (2 * torch.rand_like(s) - 1)
+    return torch.return_types.linalg_svd((u, s.clamp_min(0).sort(-1, descending=True).values, vh))
+
+
+def noisy_decomposition(x, **options):
+    """A solver that decomposes a matrix nearby."""
+    e = torch.randn_like(x)
+    sizes = (torch.linalg.matrix_norm(z, 2, keepdim=True) for z in (x, e))
+    return SVD(x + NOISE * next(sizes) / next(sizes) * e, **options)
+
+
+SVD = torch.linalg.svd
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("solver", [noisy_values, noisy_decomposition])
+@pytest.mark.parametrize(("n", "d"), [(16, 4), (40, 8), (7, 8), (3, 8), (8, 32)])
+def test_a_solver_that_is_not_lapack_makes_no_fit_wrong(n, d, solver, special, device, monkeypatch):
+    monkeypatch.setattr(rotation, "_is_lapack", lambda _: False)
+    monkeypatch.setattr(torch.linalg, "svd", solver)
+    x, other = torch.randn(2, 20, n, d, dtype=torch.float64, device=device)
+    u, s, vh = SVD(x, full_matrices=False)
+    half = min(n, d) // 2
+    low = u[..., :half] * s[..., None, :half] @ vh[..., :half, :]
+    graded = u * torch.logspace(0, -18, min(n, d), dtype=x.dtype, device=device) @ vh
+    planted = random_orthogonal(d, batch_shape=(20,), dtype=x.dtype, device=device)
+    pairs = {"full": (x, x @ planted), "graded": (graded, other), "target": (other, graded)}
+    pairs |= {"low": (low, low @ planted), "low, unrelated": (low, other), "equal": (low, low)}
+    for name, (source, target) in pairs.items():
+        source = source.clone().requires_grad_()
+        r, _, gap = fit_rotation(source, target, special=special)
+        (gradient,) = torch.autograd.grad(r.square().sum(-1).sin().sum(), source)
+        m, r = source.detach().mT @ target, r.detach()
+        assert_orthogonal(r, special)
+        values = torch.linalg.svdvals(m)
+        lost = values.sum(-1) - (r.mT @ m).diagonal(0, -2, -1).sum(-1)
+        if special:
+            negative = (torch.linalg.slogdet(m).sign < 0) & (values[..., -1] > 0)
+            lost = lost - torch.where(negative, 2 * values[..., -1], 0)
+        assert (lost <= 10 * NOISE * values.sum(-1)).all()
+        if name.startswith("low"):  # the directions without rows are known to be missing
+            assert (gap == 0).all()
+            assert gradient.abs().max() < 1e4
+    assert (r == torch.eye(d, dtype=r.dtype, device=device)).all()  # the last pair was equal
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-8, 3e-8, 1e-4, 0.1])
