@@ -88,10 +88,8 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/sphere.py $(ARGS)
 
 # On a machine with a torch of its own: make bench-cuda RUN=python3, and nothing is installed.
-bench-cuda: $(if $(filter command,$(firstword $(origin RUN))),,$(VENV)/.test)  ## with a CUDA GPU, run the tests and the benchmark there; results in build/cuda
-	mkdir -p build/cuda
-	$(RUN) -m pytest --device cuda $(ARGS) 2>&1 | tee build/cuda/tests.txt
-	$(RUN) benchmarks/cuda.py --csv build/cuda/cuda.csv --figure build/cuda/cuda.png
+bench-cuda: $(if $(filter command,$(firstword $(origin RUN))),,$(VENV)/.test)  ## with a CUDA GPU, in eight minutes: paths, tests, benchmark; results in build/cuda
+	$(RUN) benchmarks/cuda_run.py $(ARGS)
 
 clean:  ## remove everything that these commands have made
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

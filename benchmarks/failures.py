@@ -347,7 +347,8 @@ def of_rotations() -> list[Case]:
             DAMPED,
             1e-4,
             each(gradient_where_two_values_repeat),
-            {"SVD with autograd": "wrong", "geomstats": "wrong"},
+            # NaN on processors whose rounding leaves the two values exactly equal
+            {"SVD with autograd": "wrong or NaN", "geomstats": "wrong or NaN"},
         ),
         Case(
             "gradient of a fit to 16 rows in 128 dimensions",
@@ -505,7 +506,7 @@ def measure() -> tuple[list[Row], list[str]]:
                     "promise": case.promise,
                 }
             )
-            if found != case.others.get(library, "right"):
+            if found not in case.others.get(library, "right").split(" or "):
                 surprises.append(f"{library}, {case.question}: {found} {error}")
     return rows, surprises
 

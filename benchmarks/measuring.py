@@ -3,6 +3,7 @@
 import argparse
 import csv
 import ctypes
+import io
 import math
 import platform
 import statistics
@@ -97,28 +98,86 @@ def ratio_columns(times: list[float], reference: list[float]) -> Row:
     }
 
 
+SLOW = 2  # seconds: a call that takes longer is not repeated
+
+
+def timed(call: Callable[[], Any], device: str, *, budget: float = 0.1, memory: bool = True) -> Row:
+    """Return the time of a call in µs with its quartiles, and its memory, or why there are none.
+
+    The first call compiles and fills the caches of libraries: nothing is measured in it. At least
+    three calls are timed after that, on CUDA by its events.
+    """
+    try:
+        first, again = once(call), once(call)
+        if again > SLOW:
+            return {"note": f"one call takes {again:.1f} s: not repeated"}
+        found: Row = {"MB": f"{megabytes(call, device):.1f}"} if memory else {}
+        count = min(50, max(3, int(budget / max(again, 1e-7))))
+        seconds = repeated(call, count, device)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return {"note": "out of memory"}
+    except Exception as error:  # of one contender at one size: the run goes on
+        return {"note": f"failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    low, middle, high = (1e6 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
+    found |= {"µs": f"{middle:.1f}", "µs_low": f"{low:.1f}", "µs_high": f"{high:.1f}"}
+    return found | ({"note": f"first call {first:.1f} s"} if first > SLOW else {})
+
+
+def repeated(call: Callable[[], Any], count: int, device: str) -> list[float]:
+    """Return the seconds of so many calls, one after the other."""
+    if not device.startswith("cuda"):
+        return [once(call) for _ in range(count)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in events:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in events]
+
+
+class Appended:
+    """Rows of a CSV file, printed and written one by one: a run that is stopped keeps them.
+
+    Several processes, one after the other, may write to one file.
+    """
+
+    def __init__(self, path: Path | None, columns: Iterable[str], device: str) -> None:
+        self.origin = provenance(device)
+        self.file = path.open("a", newline="") if path else io.StringIO()
+        self.writer = csv.DictWriter(self.file, [*columns, *self.origin], restval="")
+        if not self.file.tell():
+            self.writer.writeheader()
+
+    def add(self, row: Row) -> None:
+        print(*(f"{key} {value}" for key, value in row.items() if value != ""), sep=", ")
+        self.writer.writerow(row | self.origin)
+        self.file.flush()
+        sys.stdout.flush()
+
+
 def provenance(device: str) -> Row:
-    git = ["git", "describe", "--always", "--dirty"]
     cuda = device.startswith("cuda")
-    gpu: Row = {"cuda": torch.version.cuda, "driver": driver()} if cuda else {}
+    ask = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    gpu: Row = {"cuda": torch.version.cuda, "driver": answer(*ask)} if cuda else {}
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         **gpu,
         "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": answer("git", "describe", "--always", "--dirty"),
     }
 
 
-def driver() -> str:
-    """Return the version of NVIDIA's driver, or nothing where it cannot be asked for."""
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def answer(*command: str) -> str:
+    """Return the first line that a program prints, or nothing where it cannot be asked."""
     try:
-        answer = subprocess.run(ask, capture_output=True, text=True).stdout.split()
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     except FileNotFoundError:
-        answer = []
-    return answer[0] if answer else ""
+        lines = []
+    return lines[0].strip() if lines else ""
 
 
 def report(options: argparse.Namespace, rows: Iterable[Row], line: str) -> None:

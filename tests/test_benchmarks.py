@@ -1,8 +1,10 @@
 """The benchmarks, as a user starts them: small sizes, and the claims of failures in full."""
 
 import csv
+import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,10 +148,19 @@ def test_a_whole_step_is_timed_with_each_loss(tmp_path, device):
     assert all(float(row["images/s"]) > 0 < float(row["MB"]) for row in found.values())
 
 
-def test_the_benchmark_for_gpus_runs_on_a_cpu(tmp_path):
-    path, figure = tmp_path / "cuda.csv", tmp_path / "cuda.png"
-    run("cuda.py", "--device", "cpu", "--quick", "--csv", str(path), "--figure", str(figure))
-    rows = read(path)
+def test_the_run_for_gpus_works_on_a_cpu(tmp_path):
+    parts = ["paths", "tests", "step", "CARE", "NT-Xent", "rotations", "figure"]
+    options = ["--device", "cpu", "--quick", "--processes", "1", "--folder", str(tmp_path)]
+    options += ["--only", "default_device and slerp"]
+    printed = run("cuda_run.py", *options, "--parts", *parts)
+    assert [line.split(":")[0] for line in printed.splitlines()] == parts
+    assert printed.count(": passed after") == len(parts)
+    assert printed == (tmp_path / "summary.txt").read_text()
+    assert " passed" in (tmp_path / "tests.txt").read_text()
+    assert (tmp_path / "cuda.png").stat().st_size > 10_000
+    assert len(list(tmp_path.iterdir())) <= 8
+
+    rows = read(tmp_path / "cuda.csv")
     sections = {"ceilings", "NT-Xent", "CARE", "equivariance", "nearest_orthogonal"}
     assert {row["section"] for row in rows} == sections | {"fit_rotation", "few rows", "step"}
     ours = [row for row in rows if row["contender"] == "care_loss"]
@@ -157,7 +168,80 @@ def test_the_benchmark_for_gpus_runs_on_a_cpu(tmp_path):
     errors = [row for row in ours if row["section"] in ("NT-Xent", "CARE", "equivariance")]
     assert len(errors) == 5
     assert all(float(row["error"]) < 1e-5 > float(row["gradient error"]) / 1000 for row in errors)
-    assert figure.stat().st_size > 10_000
+    half = {r["contender"]: r["products"] for r in rows if r["embeddings"] == "bfloat16"}
+    assert half["care_loss"] == "float32"
+    assert half["plain autograd"] == "bfloat16"
+
+    paths = read(tmp_path / "cuda-paths.csv")
+    assert {row["section"] for row in paths} == {"steps", "values", "determinant", "dense", "polar"}
+    assert all(row["note"] == "right" for row in paths if row["section"] == "determinant")
+    assert {row["contender"] for row in paths if row["section"] == "dense"} > {"dense"}
+
+
+@pytest.fixture
+def cuda_run(monkeypatch):
+    """The module benchmarks/cuda_run.py."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("cuda_run")
+
+
+def test_a_part_that_hangs_is_stopped_and_keeps_what_it_has_written(tmp_path, cuda_run):
+    child = f"import time; time.sleep(5); open({str(tmp_path / 'child')!r}, 'w')"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); "
+    code += "print('a row'); time.sleep(60)"
+    part = cuda_run.Part([sys.executable, "-c", code], 60, "log.txt")
+    start = time.monotonic()
+    assert cuda_run.run(part, tmp_path, 2) == "STOPPED after 2 s"
+    assert time.monotonic() - start < 20
+    time.sleep(5)
+    assert not (tmp_path / "child").exists()  # what it had started is stopped as well
+    part = cuda_run.Part([sys.executable, "-c", "import sys; sys.exit(3)"], 60, "log.txt")
+    assert cuda_run.run(part, tmp_path, 60) == "FAILED with status 3"
+    assert "a row\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_for_gpus_goes_on_after_a_part_that_fails(tmp_path, cuda_run, monkeypatch, capsys):
+    def part(code):
+        return cuda_run.Part([sys.executable, "-c", code], 60, "log.txt")
+
+    found = {"one": part("import time; time.sleep(60)"), "two": part("assert 0, 'why'")}
+    found["three"] = part("")
+    monkeypatch.setattr(cuda_run, "parts", lambda *_: found)
+    monkeypatch.setattr(sys, "argv", ["cuda_run.py", "--folder", str(tmp_path)])
+    monkeypatch.setattr(cuda_run, "TOGETHER", 10)
+    found["one"] = found["one"]._replace(limit=2)
+    with pytest.raises(SystemExit) as ended:
+        cuda_run.main()
+    assert ended.value.code == 1
+    one, two, three = capsys.readouterr().out.splitlines()
+    assert one.startswith("one: STOPPED after 2 s")
+    assert two.startswith("two: FAILED with status 1")
+    assert "AssertionError: why" in two
+    assert three.startswith("three: passed")
+    monkeypatch.setattr(cuda_run, "TOGETHER", 1)  # nothing begins when the time of all is over
+    with pytest.raises(SystemExit):
+        cuda_run.main()
+    assert "three: LEFT OUT" in capsys.readouterr().out
+
+
+def test_what_is_measured_on_a_gpu_says_why_it_is_not(measuring):
+    def fails():
+        raise ValueError("a message\nof two lines")
+
+    reason = "failed with ValueError: a message of two lines"
+    assert measuring.timed(fails, "cpu") == {"note": reason}
+    calls = []
+    found = measuring.timed(lambda: calls.append(0), "cpu", budget=0)
+    assert len(calls) == 6  # two, one for the memory, and three that are timed
+    assert found.keys() == {"MB", "µs", "µs_low", "µs_high"}
+    assert measuring.answer("a-program-that-nobody-has") == ""
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    """The module benchmarks/measuring.py."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("measuring")
 
 
 def test_the_figures_are_drawn_from_the_results(tmp_path):

@@ -1,4 +1,8 @@
-"""Which path computes a loss: decided here, from the kind of call, the shapes and the settings."""
+"""Which path computes a loss: decided here, from the kind of call, the shapes and the settings.
+
+The numbers for CPUs were measured on two of them (docs/speed.md). Those for other devices are
+estimates: no GPU has run them. docs/cuda.md says which rows of benchmarks/cuda_paths.py decide.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import cast
