@@ -158,7 +158,10 @@ def scale(value: Any) -> None:
 
 
 def temperature(value: Any, device: torch.device) -> float | Tensor:
-    """Require a temperature > 0, a number or a tensor without dimensions, and return it."""
+    """Require a temperature > 0, a number or a tensor without dimensions, and return it.
+
+    Where the value of a tensor is not read, one that is not above 0 becomes NaN.
+    """
     if not isinstance(value, Tensor):
         return number("temperature", value)
     if value.ndim or not value.is_floating_point():
@@ -168,6 +171,14 @@ def temperature(value: Any, device: torch.device) -> float | Tensor:
         )
     if value.device.type != "cpu":  # a single number may stay there
         _on_device("temperature", value, device)
+    found = _read(value, float)
+    if found is None:
+        return torch.where(value > 0, value, torch.nan)
+    if found <= 0:
+        raise ValueError(
+            f"`temperature` must be > 0, got {found:.3g}: where it is learned, learn its logarithm "
+            "and pass .exp()."
+        )
     return value
 
 
@@ -828,9 +839,13 @@ def _row_weights(weights: Any, name: str, rows: Tensor, names: str, leading: Any
         )
     _on_device("weights", weights, rows.device, f"`{name}`")
     _broadcastable(names, leading, "weights", weights.shape[:-1])
-    least = _read(weights, lambda w: float(w.min()))
-    if least is not None and least < 0:
-        raise ValueError(f"`weights` must be >= 0, got {least}: set it to 0 to leave a row out.")
+    for extreme in (Tensor.min, Tensor.max):
+        value = _read(weights, lambda w, extreme=extreme: float(extreme(w)))
+        if value is not None and not (0 <= value < math.inf or math.isnan(value)):
+            raise ValueError(
+                f"`weights` must be finite and >= 0, got {value}: set a weight to 0 to leave its "
+                "row out."
+            )
 
 
 def _length_farthest_from_1(x: Tensor) -> float:

@@ -23,6 +23,16 @@ def exact(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
+def savable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors, and copies of those that were made under `inference_mode`.
+
+    Autograd cannot save these for the backward, and `detach` does not change that.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return tuple(x.clone() if x.is_inference() else x for x in tensors)
+
+
 def without_autocast(z: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtypes of the code. Meta tensors, which compute nothing, know no autocast."""
     if z.is_meta or not torch.is_autocast_enabled(z.device.type):

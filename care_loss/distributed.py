@@ -32,7 +32,7 @@ from care_loss._kernels.paths import (
     need_gradient,
 )
 from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
-from care_loss._numerics import computed_in, without_autocast
+from care_loss._numerics import computed_in, savable, without_autocast
 from care_loss.functional import Reduction
 
 _DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
@@ -114,6 +114,7 @@ def info_nce_loss(
     _checks.reduction(reduction)
     if not _several(process_group):
         return functional.info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
+    z1, z2 = savable(z1, z2)
     losses: Tensor = _eager(_losses)(z1, z2, temperature, process_group)
     return losses.mean() if reduction == "mean" else losses
 

@@ -30,7 +30,7 @@ from care_loss import _checks, _chunks
 from care_loss._kernels.gram_gap import gram_gap
 from care_loss._kernels.info_nce import info_nce
 from care_loss._kernels.paths import by_hand
-from care_loss._numerics import computed_in, exact, without_autocast
+from care_loss._numerics import computed_in, exact, savable, without_autocast
 from care_loss.sphere import normalize
 
 Reduction = Literal["mean", "none"]
@@ -64,7 +64,9 @@ def info_nce_loss(
     Args:
         z1: Embeddings of the first view, `(*, N, D)` with `N >= 2`.
         z2: Embeddings of the second view, `(*, N, D)`.
-        temperature: :math:`\tau > 0`, a number or a tensor `()`, which then gets a gradient.
+        temperature: :math:`\tau > 0`, a number or a tensor `()`, which then gets a gradient. Other
+            numbers are an error; in a tensor that is not on a CPU, or under `torch.compile`, they
+            give NaN.
         negatives: A queue of other embeddings in any floating point dtype, `(K, D)`.
         reduction: `"mean"` for a scalar, `"none"` for one value per anchor.
 
@@ -88,10 +90,12 @@ def info_nce_loss(
     _checks.embeddings(z1=z1, z2=z2)
     temperature = _checks.temperature(temperature, z1.device)
     _checks.reduction(reduction)
-    if negatives is not None:
-        _checks.queue(negatives, z1)
+    z1, z2 = savable(z1, z2)
+    if isinstance(temperature, Tensor):
+        (temperature,) = savable(temperature)
     mean = reduction == "mean"
     if negatives is not None:
+        _checks.queue(negatives, z1)
         return _info_nce_of_queue(z1, z2, temperature, negatives, mean)
     plain = partial(_info_nce, mean=mean)
     if by_hand(z1, z2, temperature):
@@ -155,6 +159,7 @@ def equivariance_loss(
     chunks = _checks.chunks(chunks, z1.shape[-2], z1.device)
     _checks.scale(scale)
     _checks.reduction(reduction, chunks)
+    z1, z2 = savable(z1, z2)
     mean = reduction == "mean"
     plan = _chunks.plan(chunks, z1.shape[-2])
     if plan is None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
-from care_loss._numerics import computed_in, exact, function, normal
+from care_loss._numerics import computed_in, exact, function, normal, savable
 
 
 class RotationFit(NamedTuple):
@@ -68,8 +68,8 @@ def fit_rotation(
         target: Rows to be reached, in the dtype of `source`, `(*, N, D)`.
         weights: A weight >= 0 for each row, `(*, N)`. A weight of 2 counts a row twice. A row of
             weight 0 is ignored: it may contain anything, NaN included. The gradients of the row and
-            of its weight are 0. Negative weights are an error on a CPU; on other devices, under
-            `torch.compile` and under `vmap` their values are not read, and they give NaN.
+            of its weight are 0. Negative and infinite weights are an error on a CPU; on other
+            devices, under `torch.compile` and under `vmap` they are not read, and give NaN.
         special: Fit over SO(D), the maps of determinant +1, instead of O(D).
 
     Returns:
@@ -103,11 +103,12 @@ def fit_rotation(
         1966. Kabsch, A solution for the best rotation to relate two sets of vectors, 1976.
     """
     _checks.rows_to_fit(source, target, weights)
+    source, target = savable(source, target)
     x, y = exact(source), exact(target)
     if weights is None:
         w = x.new_ones(x.shape[-2])
     else:
-        w = exact(weights)
+        w = exact(*savable(weights))
         x, y = (z.masked_fill((w == 0).unsqueeze(-1), 0) for z in (x, y))
         w = torch.where(w < 0, torch.nan, w)
     equal = (x - y).detach().abs().amax((-2, -1), keepdim=True) == 0

@@ -26,7 +26,7 @@ from torch.autograd import Function
 
 from care_loss import _checks
 from care_loss._kernels.unit_rows import largest_entries
-from care_loss._numerics import computed_in, exact, function, normal
+from care_loss._numerics import computed_in, exact, function, normal, savable
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -96,6 +96,7 @@ def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
     """
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
+    x, y = savable(x, y)
     dtype = computed_in(x)
     angle_of = function(_Angle, _ForwardAngle)
     start, end = x.to(dtype), y.to(dtype)
@@ -134,6 +135,7 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
     t = _checks.position("t", t, x, y)
+    x, y = savable(x, y)
     dtype = computed_in(x)
     middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
     # A single number stays as it is: that of a CPU joins the points on any device.
@@ -167,6 +169,7 @@ def expmap(x: Tensor, v: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, v=v)
     _checks.unit(x=x)
+    x, v = savable(x, v)
     dtype = computed_in(x)
     step = v.to(dtype)
     cos, sinc = _cos_and_sinc(step.square().sum(-1, keepdim=True))
@@ -193,6 +196,7 @@ def logmap(x: Tensor, y: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, y=y)
     _checks.unit(x=x, y=y)
+    x, y = savable(x, y)
     dtype = computed_in(x)
     middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
     cos, sinc = _cos_and_sinc(squared_half)
@@ -220,6 +224,7 @@ def tangent_projection(x: Tensor, v: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, v=v)
     _checks.unit(x=x)
+    x, v = savable(x, v)
     return _without(x.to(computed_in(x)), v.to(computed_in(x))).to(x.dtype)
 
 
@@ -247,6 +252,7 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     """
     _checks.vectors(x=x, y=y, v=v)
     _checks.unit(x=x, y=y)
+    x, y, v = savable(x, y, v)
     dtype = computed_in(x)
     middle, _, _ = _axes(x.to(dtype), y.to(dtype))
     return _without(middle, v.to(dtype), times=2).to(x.dtype)
@@ -271,8 +277,8 @@ def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
     Args:
         x: Points, `(*, N, D)` with `N >= 1`.
         weights: A weight >= 0 for each point, `(*, N)`; only their ratios matter. A point of weight
-            0 is ignored: it may contain anything, NaN included. Negative weights are an error on a
-            CPU; elsewhere they give NaN, as do weights that are all 0.
+            0 is ignored: it may contain anything, NaN included. Negative and infinite weights are
+            an error on a CPU; elsewhere they give NaN, as do weights that are all 0.
 
     Returns:
         The mean, without gradient, `(*, D)`.

@@ -10,86 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import CALLS, results
 
-from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss, functional, metrics, rotation, sphere
-from care_loss.views import SharedAugmentCollate, augment_chunks, shared_views
+from care_loss import metrics
+from care_loss.views import SharedAugmentCollate
 
-Z1, Z2, Z3, Z4 = torch.randn(4, 12, 4, generator=torch.Generator().manual_seed(0))
-UNIT = [sphere.normalize(z) for z in (Z1, Z2)]
-T = torch.tensor(0.3)
-IDS = torch.arange(12) % 5
-WEIGHTS = torch.rand(12, generator=torch.Generator().manual_seed(0))
-R = rotation.nearest_orthogonal(Z1[:4], special=True)
-CIRCLE = torch.linalg.matrix_exp(
-    (2 * torch.pi / 8 * torch.arange(8.0))[:, None, None] * torch.tensor([[0.0, 1], [-1, 0]])
-)
-
-# Each call with the tensors that it is given. A tensor of one number may stay on the CPU.
-CALLS = {
-    "info_nce": (functional.info_nce_loss, Z1, Z2),
-    "info_nce, learned": (lambda x, y, t: functional.info_nce_loss(x, y, temperature=t), Z1, Z2, T),
-    "info_nce, none": (lambda x, y: functional.info_nce_loss(x, y, reduction="none"), Z1, Z2),
-    "queue": (lambda x, y, q: functional.info_nce_loss(x, y, negatives=q), Z1, Z2, Z3),
-    "queue, learned": (
-        lambda x, y, q, t: functional.info_nce_loss(x, y, temperature=t, negatives=q),
-        *(Z1, Z2, Z3, T),
-    ),
-    "equivariance": (lambda x, y: functional.equivariance_loss(x, y, chunks=3), Z1, Z2),
-    "ids": (lambda x, y, ids: functional.equivariance_loss(x, y, chunks=ids), Z1, Z2, IDS),
-    "uniformity": (functional.uniformity_loss, Z1),
-    "alignment": (functional.alignment_loss, Z1, Z2),
-    "CAREloss": (CAREloss(chunks=3), Z1, Z2, Z3, Z4),
-    "InfoNCELoss": (InfoNCELoss(), Z1, Z2),
-    "EquivarianceLoss": (EquivarianceLoss(3), Z1, Z2),
-    "fit_rotation": (rotation.fit_rotation, Z1, Z2),
-    "fit_rotation, few rows": (rotation.fit_rotation, Z1[:2], Z2[:2]),
-    "fit_rotation, weights": (
-        lambda x, y, w: rotation.fit_rotation(x, y, weights=w, special=True),
-        *(Z1, Z2, WEIGHTS),
-    ),
-    "nearest_orthogonal": (rotation.nearest_orthogonal, Z1[:4]),
-    "rotation_angles": (rotation.rotation_angles, R),
-    "rotation_distance": (rotation.rotation_distance, R, R.mT),
-    "normalize": (sphere.normalize, Z1),
-    "geodesic_distance": (sphere.geodesic_distance, *UNIT),
-    "slerp": (sphere.slerp, *UNIT, T),
-    "slerp, several": (sphere.slerp, *UNIT, WEIGHTS),
-    "expmap": (sphere.expmap, UNIT[0], Z2),
-    "logmap": (sphere.logmap, *UNIT),
-    "tangent_projection": (sphere.tangent_projection, UNIT[0], Z2),
-    "parallel_transport": (sphere.parallel_transport, *UNIT, Z3),
-    "frechet_mean": (lambda x, w: sphere.frechet_mean(x, weights=w), Z1, WEIGHTS),
-    "frequencies": (
-        lambda r, t: metrics.frequencies(r, t),
-        *(CIRCLE, 2 * torch.pi / 8 * torch.arange(8)),
-    ),
-    "shared_views": (lambda x: tuple(shared_views(x, torch.neg, chunks=3)[:2]), Z1),
-    "shared_views, ids": (lambda x, ids: tuple(shared_views(x, torch.neg, chunks=ids)), Z1, IDS),
-    "augment_chunks": (lambda x: augment_chunks(x, torch.neg, chunks=3).view, Z1),
-    "composition_error": (metrics.composition_error, Z1, Z2, Z3, Z4),
-    "cosine_spread": (metrics.cosine_spread, Z1[:, :2], Z2[:, :2]),
-    "effective_rank": (metrics.effective_rank, Z1),
-    "equivariance_error": (metrics.equivariance_error, Z1, Z2),
-    "invariance_error": (metrics.invariance_error, Z1, Z2),
-    "mean_norm": (metrics.mean_norm, Z1),
-    "relative_equivariance": (metrics.relative_equivariance, Z1, Z2),
-    "rotation_share": (metrics.rotation_share, Z1, Z2),
-    "transformed_retrieval": (metrics.transformed_retrieval, Z1, Z2),
-    "wahba_error": (metrics.wahba_error, Z1, Z2),
-}
 STAY = {"ids": 2, "shared_views, ids": 1}  # arguments that may be on the CPU, by place
-
-
-def results(call, tensors):
-    """All tensors that a call returns, and the gradients of those that have any."""
-    tensors = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in tensors]
-    found = call(*tensors)
-    found = [found] if isinstance(found, torch.Tensor) else list(found)
-    total = sum(x.sum() for x in found if x.requires_grad)
-    leaves = [x for x in tensors if x.requires_grad]
-    if not isinstance(total, int):
-        found += [x for x in torch.autograd.grad(total, leaves, allow_unused=True) if x is not None]
-    return found
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -229,6 +229,13 @@ def test_bad_temperature_tensors():
         sentence = "number or a floating point tensor of shape ()"
         assert_refused(lambda t=tensor: info_nce_loss(Z, Z, temperature=t), sentence)
     elsewhere = torch.tensor(0.5, device="meta")
+    for number, said in ((0.0, "0"), (-0.25, "-0.25")):
+        sentence = f"`temperature` must be > 0, got {said}: where it is learned, learn its"
+        t = torch.tensor(number, requires_grad=True)
+        assert_refused(lambda t=t: info_nce_loss(Z, Z, temperature=t), sentence)
+        assert_refused(lambda t=t: info_nce_loss(Z, Z, temperature=t, negatives=Z), sentence)
+        compiled = torch.compile(info_nce_loss, backend="eager", fullgraph=True)
+        assert compiled(Z, Z, temperature=t).isnan()  # where it is not read
     sentence = "`temperature` must be on the device of the embeddings"
     assert_refused(lambda: info_nce_loss(Z, Z, temperature=elsewhere), sentence)
     # A module remembers plain values; a learned temperature is the function's.
@@ -347,7 +354,8 @@ WEIGHTS = {
     "a number": (2.0, "`weights` must be a torch.Tensor of a floating point dtype, got float 2.0"),
     "integers": (torch.ones(8).long(), "`weights` must be a torch.Tensor of a floating point"),
     "booleans": (torch.ones(8) > 0, "`weights` must be a torch.Tensor of a floating point dtype"),
-    "a negative one": (torch.arange(8.0) - 1, "`weights` must be >= 0, got -1.0"),
+    "a negative one": (torch.arange(8.0) - 1, "`weights` must be finite and >= 0, got -1.0"),
+    "an infinite one": (1 / torch.arange(8.0), "`weights` must be finite and >= 0, got inf"),
     "another device": (torch.ones(8, device="meta"), "device of `source`, cpu, got meta"),
 }
 
