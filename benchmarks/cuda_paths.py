@@ -137,7 +137,8 @@ def values(device: str, quick: bool) -> Iterator[Row]:
                     yield row | {"note": f"failed with {' '.join(str(error).split())[:200]}"}
                     continue
                 top = s[:, :1] * EPS
-                residual = torch.linalg.matrix_norm(here - (u * s.unsqueeze(-2)) @ vh) / top[:, 0]
+                rest = here @ vh.mT - u * s.unsqueeze(-2)
+                residual = torch.linalg.vector_norm(rest, dim=-2) / top
                 zeros = (s[:, rank:] / top).max().item()
                 off = ((s.cpu() - wanted) / top.cpu()).abs().max().item()
                 note = f"zeros {zeros:.1f} (trusted {4 + math.sqrt(d):.1f}), values off by "

@@ -839,9 +839,9 @@ def _row_weights(weights: Any, name: str, rows: Tensor, names: str, leading: Any
         )
     _on_device("weights", weights, rows.device, f"`{name}`")
     _broadcastable(names, leading, "weights", weights.shape[:-1])
-    for extreme in (Tensor.min, Tensor.max):
-        value = _read(weights, lambda w, extreme=extreme: float(extreme(w)))
-        if value is not None and not (0 <= value < math.inf or math.isnan(value)):
+    for extreme in (torch.amin, torch.amax):
+        value = _read(weights, lambda w, extreme=extreme: float(extreme(w)))  # type: ignore[misc]
+        if value is not None and (value < 0 or value == math.inf):
             raise ValueError(
                 f"`weights` must be finite and >= 0, got {value}: set a weight to 0 to leave its "
                 "row out."

@@ -368,12 +368,14 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, equal: Tensor) -> tuple[T
     # Dependent rows leave fewer than N directions: the frames are 0 on the others, and o is 1.
     kept = v @ v.mT
     u = kept @ f
-    o, basis, _ = _polar(u @ v.mT + 2 * (identity - kept), special=special, full=True)
-    middle = v + o.mT @ u
-    if special:
-        middle = middle + _where_opposite(middle, v, o.mT @ basis[..., -1:])
-    # Its singular values are at least sqrt(2), or the root of eps in an almost opposite direction:
-    # what is smaller is noise in the directions that dependent rows lack.
+    o, basis, values = _polar(u @ v.mT + 2 * (identity - kept), special=special, full=True)
+    if special and _any(values[..., -1:] < -0.5):
+        o, direction = _with_better_flip(o, u, v, basis, values)
+        middle = _with_unit_part(v + o.mT @ u, v - o.mT @ u, v, direction)
+    else:
+        middle = v + o.mT @ u
+    # Its singular values are at least 1: what is far smaller is noise in the directions that
+    # dependent rows lack.
     h, _, _ = _polar(middle, floor=0.5 * torch.finfo(x.dtype).eps ** 0.5)
     turned = (identity + o.mT) @ v
     reflected = 2 * (h @ v.mT) @ turned - 2 * h
@@ -383,22 +385,54 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, equal: Tensor) -> tuple[T
     return torch.cat((apart, v.expand_as(h)), -2), torch.cat((reflected, rest), -2)
 
 
-def _where_opposite(middle: Tensor, v: Tensor, direction: Tensor) -> Tensor:
-    """Return what is added to the middle of two frames that are opposite in one direction.
+def _with_better_flip(
+    o: Tensor, u: Tensor, v: Tensor, basis: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the direction in which two nearly equal frames are farthest apart, and flip that one.
 
-    Half a turn in any plane through that direction of v fits equally well, and the middle of the
-    two frames is 0 there. The plane taken contains the axis that is farthest from the span of v.
+    Over SO(N), `o` aligns the frames but for one direction, the last of `basis`, in which it makes
+    them opposite. This is to be the one of the smallest cosine. Cosines near 1 tell small angles
+    apart down to the root of eps only; the difference of the frames does to eps.
+
+    Returns `o`, and the direction `(*, N, 1)` in which `o.mT @ u` and `v` are opposite.
     """
-    middle, v, direction = middle.detach(), v.detach(), direction.detach()
-    length = torch.linalg.vector_norm(direction.mT @ middle, dim=(-2, -1))
-    # Below this the direction is rounding noise, and the cosine differs from -1 by less than eps.
-    opposite = length <= torch.finfo(v.dtype).eps ** 0.5
-    opposite &= torch.linalg.vector_norm(direction.mT @ v, dim=(-2, -1)) > 0.5  # not where v is 0
+    rotation, frame, last = o.detach(), v.detach(), basis.detach()[..., -1:]
+    first = rotation.mT @ last
+    aligned = rotation - 2 * last @ first.mT  # without the flip
+    across = frame - aligned.mT @ u.detach()
+    directions, sines, _ = torch.linalg.svd(across, full_matrices=False)
+    apart = (sines[..., :1] > 2 * _noise(v, v.shape[-1])) & (values[..., -1:] < -0.5)
+    direction = torch.where(apart.unsqueeze(-1), directions[..., :1], first)
+    flipped = aligned - 2 * aligned @ direction @ direction.mT
+    return o + (flipped - rotation), direction
+
+
+def _with_unit_part(middle: Tensor, across: Tensor, v: Tensor, direction: Tensor) -> Tensor:
+    """Lengthen the part of the middle of two frames in the `direction` in which they are opposite.
+
+    Over SO(N) two frames may be nearly opposite in one direction. There the middle, their sum, is
+    short, and is only needed as a direction: it gets the length 1. It is orthogonal to `across`,
+    their difference, but for rounding, which counts because the middle is short: it is removed, as
+    :mod:`care_loss.sphere` does for two points. Other rounding errors turn planes that are hardly
+    determined, and leave the fit as it is.
+
+    Where nothing but rounding is left, half a turn in any plane through that direction of v fits
+    equally well. The plane taken contains the axis that is farthest from the span of v.
+    """
+    part, other = (direction.detach().mT @ z for z in (middle, across))  # (*, 1, D)
+    v, other, direction = v.detach(), other.detach(), direction.detach()
+    square = other.square().sum(-1, keepdim=True)
+    nearly_opposite = square > 2  # and so both have this direction, and the division is safe
+    tilt = (part.detach() * other).sum(-1, keepdim=True) / square.clamp_min(2) * other
+    length = torch.linalg.vector_norm(part.detach() - tilt, dim=-1, keepdim=True)
+    opposite = length <= 2 * _noise(v, v.shape[-1])
     axis = v.square().sum(-2).argmin(-1, keepdim=True)
     along = torch.gather(v, -1, axis.unsqueeze(-2).expand(*v.shape[:-1], 1))
     normal: Tensor = torch.zeros_like(v[..., 0, :]).scatter(-1, axis, 1.0) - (along * v).sum(-2)
     normal = normal / torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
-    return (direction * normal.unsqueeze(-2)).masked_fill(~opposite[..., None, None], 0)
+    unit = (part - tilt) / length.masked_fill(opposite, 1)
+    unit = torch.where(opposite, part + normal.unsqueeze(-2), unit)
+    return middle + direction @ torch.where(nearly_opposite, unit - part, 0)
 
 
 def _polar(
@@ -437,16 +471,16 @@ def _noise(x: Tensor, size: int) -> float:
     return (4 + math.sqrt(size)) * torch.finfo(x.dtype).eps
 
 
-def _error_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | float:
-    """Return how much singular values `(*, N)` of `x` may be wrong beyond `_noise`, `(*, 1)`.
+def _errors_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | float:
+    """Return how much singular values `(*, N)` of `x` may be wrong beyond `_noise`.
 
-    That of LAPACK is known. Solvers of other devices iterate until they decide to stop; by Weyl's
-    inequality, the norm of the residual bounds the error of each of their values.
+    That of LAPACK is known. Solvers of other devices iterate until they decide to stop: the lengths
+    of x v_i - s_i u_i say how far the values are from what `x` makes of their vectors.
     """
     if _is_lapack(x.device):
         return 0.0
-    residual: Tensor = torch.linalg.vector_norm(x - (u * s.unsqueeze(-2)) @ vh, dim=(-2, -1))
-    return residual.unsqueeze(-1)
+    errors: Tensor = torch.linalg.vector_norm(x @ vh.mT - u * s.unsqueeze(-2), dim=-2)
+    return errors
 
 
 def _is_lapack(device: torch.device) -> bool:
@@ -509,7 +543,12 @@ def _with_last_times(x: Tensor, factor: Tensor) -> Tensor:
 
 def _any(mask: Tensor) -> bool:
     """Tell whether anything is true; where values cannot be read, something may be."""
-    return torch.compiler.is_compiling() or mask.is_meta or bool(mask.any())
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return True
+    try:
+        return bool(mask.any())
+    except RuntimeError:  # under vmap there is no single value
+        return True
 
 
 class _Polar(Function):
@@ -528,7 +567,7 @@ class _Polar(Function):
         transposed = x.masked_fill(broken, 0).mT
         q, s, ph = torch.linalg.svd(transposed, full_matrices=False)
         p, top = ph.mT, s[..., :1]
-        unknown = _error_of_solver(transposed, q, s, ph)
+        unknown = _errors_of_solver(transposed, q, s, ph)
         tail = s.flip(-1).cumsum(-1).flip(-1)
         null = (tail <= zero * top) | (s <= (noise * top).clamp_min(floor) + unknown)
         s = s.masked_fill(null, 0)
@@ -538,7 +577,7 @@ class _Polar(Function):
             p, q = _toward_identity(p, q, null)
         if special:
             sign = _determinant(p @ q.mT).unsqueeze(-1)
-            tied = (s - s[..., -1:] <= tie * top + unknown) & ~null[..., -1:] & (sign < 0)
+            tied = (s - s[..., -1:] <= tie * top + 2 * unknown) & ~null[..., -1:] & (sign < 0)
             if _any(tied[..., :-1]):
                 p, q = _best_to_flip_last(p, q, tied)
             s = torch.where(tied, s[..., -1:], s)

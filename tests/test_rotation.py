@@ -503,6 +503,24 @@ def test_repeated_rows_that_are_nearly_opposite_give_a_rotation(n, angle, device
     assert (fit.rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - expected).abs().max() <= 1e-7
 
 
+@pytest.mark.parametrize("delta", [0.1, 1e-3, 1e-5, 1e-7, 1.5e-8, 1e-12, 0.0])
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16])
+def test_rows_that_turn_by_nearly_half_a_turn_are_fitted_to_rounding(n, every, delta, device):
+    d, turned = 2 * n + 4, n if every else 1
+    axes = random_orthogonal(d, batch_shape=(50,), dtype=torch.float64, device=device)
+    u, t = axes[:, :n], axes[:, :n].clone()
+    t[:, :turned] = -math.cos(delta) * u[:, :turned]
+    t[:, :turned] += math.sin(delta) * axes[:, n : n + turned]
+    # The other rows turn by smaller angles, and the rows are not the axes of the turn.
+    small = delta / 10 * torch.randn(50, d, d, dtype=torch.float64, device=device)
+    mixed = random_orthogonal(n, batch_shape=(50,), dtype=torch.float64, device=device)
+    x, y = mixed @ u, mixed @ t @ torch.linalg.matrix_exp(small - small.mT)
+    fit = fit_rotation(x, y, special=True)
+    assert_orthogonal(fit.rotation, True)
+    assert fit.residual.max() <= 1e-14 * math.sqrt(n)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
 def test_a_product_of_zero_gives_the_identity(n, device):
     x = torch.randn(n, 5, device=device)
