@@ -31,7 +31,9 @@ Contender = Callable[[Tensor], Tensor]
 
 
 def contenders(n: int, chunks: int, device: str) -> dict[str, Contender]:
-    loss = CAREloss(TEMPERATURE, WEIGHT, chunks=chunks, scale="authors")
+    loss = CAREloss(
+        temperature=TEMPERATURE, equivariance_weight=WEIGHT, chunks=chunks, scale="authors"
+    )
     ids = torch.arange(n, device=device) * chunks // n
     settings = (TEMPERATURE, WEIGHT, chunks)
 

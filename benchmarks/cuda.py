@@ -220,7 +220,9 @@ def care(ceilings: Ceilings, device: str, quick: bool) -> Iterator[Row]:
         m = n // chunks
         gap_floor = ceilings.floor(8 * n * m * d, 4 * n * d, "float32")
         floor = gap_floor + ceilings.floor(5 * (2 * n) ** 2 * d, 8 * n * d, "float32")
-        whole = CAREloss(TEMPERATURE, WEIGHT, chunks=chunks, scale="authors")
+        whole = CAREloss(
+            temperature=TEMPERATURE, equivariance_weight=WEIGHT, chunks=chunks, scale="authors"
+        )
 
         def plain(*z: Tensor, chunks: int = chunks, m: int = m) -> Tensor:
             gap = plain_equivariance(z[2], z[3], chunks) * 2 * (m - 1)

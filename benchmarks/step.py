@@ -59,7 +59,13 @@ def losses(contender: str) -> Callable[..., Tensor]:
     if contender == "authors, four forwards":
         return lambda *z: authors(torch.stack(z), *settings)
     shared = CONTENDERS[contender] == 2
-    care = CAREloss(TEMPERATURE, WEIGHT, chunks=CHUNKS, scale="authors", shared_views=shared)
+    care = CAREloss(
+        temperature=TEMPERATURE,
+        equivariance_weight=WEIGHT,
+        chunks=CHUNKS,
+        scale="authors",
+        shared_views=shared,
+    )
     if contender == "care_loss, three forwards":
         return lambda z1, z2, e: care(z1, z2, z1, e)
     return care

@@ -157,6 +157,15 @@ def scale(value: Any) -> None:
     _choice("scale", value, ("mean", "authors"))
 
 
+def default_weight(scale: str) -> None:
+    """Require the scale that the default weight is meant for."""
+    if scale != "mean":
+        raise ValueError(
+            f"`equivariance_weight` must be given with scale={scale!r}, got none: the default is "
+            'meant for scale="mean". Pass the weight of the recipe, such as 0.01.'
+        )
+
+
 def temperature(value: Any, device: torch.device) -> float | Tensor:
     """Require a temperature > 0, a number or a tensor without dimensions, and return it.
 

@@ -14,6 +14,7 @@ from care_loss import _checks, distributed
 from care_loss.functional import Reduction, Scale, equivariance_loss, info_nce_loss
 
 _TEMPERATURE = 0.5
+_WEIGHT = 10.0  # on the scale "mean"
 
 
 class InfoNCELoss(nn.Module):
@@ -140,9 +141,9 @@ class CAREloss(nn.Module):
     Args:
         temperature: The temperature of InfoNCE, > 0. If `base_loss` is given, leave it out: any
             value but the default is an error.
-        equivariance_weight: :math:`\lambda \ge 0`, for the given `scale`. The default is that of
-            the paper for CIFAR-10 in four forwards; with three, 10 is a good start. The attribute
-            may be changed between steps.
+        equivariance_weight: :math:`\lambda \ge 0`, for the given `scale`. The default is 10 for
+            `scale="mean"`; with `scale="authors"` it must be given, because 10 would be
+            :math:`2(n-1)` times as much there. The attribute may be changed between steps.
         chunks: The number of contiguous chunks to cut a batch into, >= 1, for calls without
             `chunks`; a batch too small for them gets `N // 2`.
         shared_views: Whether `z1` and `z2` are chunk-shared themselves and serve both terms, so
@@ -179,9 +180,9 @@ class CAREloss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = _TEMPERATURE,
-        equivariance_weight: float = 0.3,
         *,
+        temperature: float = _TEMPERATURE,
+        equivariance_weight: float = _WEIGHT,
         chunks: int | None = None,
         shared_views: bool = False,
         scale: Scale = "mean",
@@ -193,6 +194,8 @@ class CAREloss(nn.Module):
         gather_distributed = _checks.boolean("gather_distributed", gather_distributed)
         _checks.scale(scale)
         _checks.base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
+        if equivariance_weight is _WEIGHT:  # the object: a 10.0 that somebody gives is another
+            _checks.default_weight(scale)
         self.temperature = temperature
         self.equivariance_weight = _checks.number(
             "equivariance_weight", equivariance_weight, or_zero=True

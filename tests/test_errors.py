@@ -208,14 +208,14 @@ def test_bad_numbers(value):
     for name, call in (
         ("temperature", lambda: info_nce_loss(Z, Z, temperature=value)),
         ("temperature", lambda: InfoNCELoss(value)),
-        ("temperature", lambda: CAREloss(value, chunks=2)),
+        ("temperature", lambda: CAREloss(temperature=value, chunks=2)),
         ("t", lambda: uniformity_loss(Z, t=value)),
         ("alpha", lambda: alignment_loss(Z, Z, alpha=value)),
     ):
         assert_refused(call, f"`{name}` must be a finite number > 0, got ")
     if value != 0:
         assert_refused(
-            lambda: CAREloss(0.5, value, chunks=2),
+            lambda: CAREloss(temperature=0.5, equivariance_weight=value, chunks=2),
             "`equivariance_weight` must be a finite number >= 0, got ",
         )
 

@@ -260,7 +260,7 @@ def test_a_base_loss_given_as_a_class():
 
 def test_a_temperature_that_a_base_loss_would_not_use():
     sentence = "`temperature` must be left out when `base_loss` is given, got one"
-    assert_refused(lambda: CAREloss(0.1, chunks=4, base_loss=alignment_loss), sentence)
+    assert_refused(lambda: CAREloss(temperature=0.1, chunks=4, base_loss=alignment_loss), sentence)
     moco = RECIPES["imagenet100-moco"]
     assert_refused(lambda: CAREloss(**moco, base_loss=alignment_loss), sentence)
     assert "temperature" not in repr(CAREloss(chunks=4, base_loss=alignment_loss))
@@ -276,12 +276,16 @@ def test_words_and_numbers_for_true_and_false(value):
 
 
 def test_numpy_numbers_are_numbers():
-    loss = CAREloss(np.float32(0.25), np.float64(0.5), chunks=np.int64(4))
+    loss = CAREloss(
+        temperature=np.float32(0.25), equivariance_weight=np.float64(0.5), chunks=np.int64(4)
+    )
     assert (loss.temperature, loss.equivariance_weight, loss.chunks) == (0.25, 0.5, 4)
     assert type(loss.chunks) is int
     assert CAREloss(shared_views=np.bool_(True)).shared_views is True
-    assert repr(loss) == repr(CAREloss(0.25, 0.5, chunks=4))
-    assert torch.equal(loss(*FOUR), CAREloss(0.25, 0.5, chunks=4)(*FOUR))
+    assert repr(loss) == repr(CAREloss(temperature=0.25, equivariance_weight=0.5, chunks=4))
+    assert torch.equal(
+        loss(*FOUR), CAREloss(temperature=0.25, equivariance_weight=0.5, chunks=4)(*FOUR)
+    )
     assert torch.equal(loss(*FOUR, chunks=np.int32(2)), loss(*FOUR, chunks=2))
 
 
@@ -312,7 +316,7 @@ def test_a_base_loss_from_a_configuration_file():
     built = parser.instantiate(parser.parse_object({"loss": config})).loss
     assert isinstance(built, CAREloss)
     assert isinstance(built.base_loss, InfoNCELoss)
-    torch.testing.assert_close(built(*FOUR), CAREloss(0.1, chunks=4)(*FOUR))
+    torch.testing.assert_close(built(*FOUR), CAREloss(temperature=0.1, chunks=4)(*FOUR))
 
 
 def test_a_weight_that_follows_a_schedule():
@@ -351,3 +355,12 @@ def test_embeddings_changed_in_place_before_backward_are_an_error(loss):
         embeddings[0].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+def test_the_default_weight_is_for_one_scale_and_no_setting_is_positional():
+    sentence = "`equivariance_weight` must be given with scale='authors', got none"
+    assert_refused(lambda: CAREloss(chunks=4, scale="authors"), sentence)
+    given = CAREloss(chunks=4, scale="authors", equivariance_weight=float("10"))
+    assert given.equivariance_weight == CAREloss(chunks=4).equivariance_weight == 10
+    with pytest.raises(TypeError, match="positional"):
+        CAREloss(10)  # which was the temperature

@@ -15,7 +15,9 @@ from care_loss.functional import alignment_loss, equivariance_loss, info_nce_los
 MODULES = [
     InfoNCELoss(0.07, reduction="none"),
     EquivarianceLoss(7, scale="authors", reduction="none"),
-    CAREloss(0.07, 1.5, chunks=7, shared_views=True, scale="authors"),
+    CAREloss(
+        temperature=0.07, equivariance_weight=1.5, chunks=7, shared_views=True, scale="authors"
+    ),
     CAREloss(chunks=2, shared_views=True, base_loss=alignment_loss),
 ]
 every_module = pytest.mark.parametrize("module", MODULES, ids=lambda m: type(m).__name__)
@@ -59,12 +61,12 @@ def test_signatures_are_the_published_ones():
         )
 
     assert words(CAREloss) == (
-        "temperature equivariance_weight "
+        "temperature: equivariance_weight: "
         "chunks: shared_views: scale: base_loss: gather_distributed:"
     )
     assert defaults(CAREloss) == {
         "temperature": 0.5,
-        "equivariance_weight": 0.3,
+        "equivariance_weight": 10.0,
         "chunks": None,
         "shared_views": False,
         "scale": "mean",
@@ -98,7 +100,7 @@ def test_equivariance_is_the_function_with_the_chunks_of_the_batch(views, device
 
 
 def test_care_is_base_plus_weighted_equivariance(views, device):
-    module = CAREloss(0.2, 2.5, chunks=3, scale="authors")
+    module = CAREloss(temperature=0.2, equivariance_weight=2.5, chunks=3, scale="authors")
     for chunks in (None, 5, torch.arange(12, device=device) // 4):
         parts = module.forward_components(*views, chunks=chunks)
         base = info_nce_loss(views[0], views[1], temperature=0.2)
@@ -195,6 +197,7 @@ def test_a_base_loss_that_is_a_module_is_printed_as_a_child():
 @pytest.mark.parametrize("module", [InfoNCELoss, EquivarianceLoss, CAREloss])
 def test_plain_values_from_a_configuration_file_are_enough(module, views):
     options = {"temperature": 0.2, "chunks": 4, "scale": "authors", "shared_views": True}
+    options["equivariance_weight"] = 0.01
     known = inspect.signature(module).parameters
     config = json.loads(json.dumps({k: v for k, v in options.items() if k in known}))
     assert module(**config)(views[0], views[1]).isfinite()
@@ -203,7 +206,7 @@ def test_plain_values_from_a_configuration_file_are_enough(module, views):
 def test_changed_attributes_are_used_from_then_on(views):
     module = CAREloss(chunks=4, shared_views=True)
     module.temperature, module.equivariance_weight, module.chunks = 0.1, 2.0, 2
-    expected = CAREloss(0.1, 2.0, chunks=2, shared_views=True)
+    expected = CAREloss(temperature=0.1, equivariance_weight=2.0, chunks=2, shared_views=True)
     assert torch.equal(module(views[0], views[1]), expected(views[0], views[1]))
 
 

@@ -185,7 +185,7 @@ def lines_of_code(source):
 
 
 LINES_OF_CODE = {  # at most; what has no entry may have 30
-    "_checks": 680,
+    "_checks": 700,
     "_chunks": 45,
     "_draws": 45,
     "_kernels.gram_gap": 135,
@@ -201,7 +201,7 @@ LINES_OF_CODE = {  # at most; what has no entry may have 30
     "metrics._sampling": 195,
     "metrics._tables": 140,
     "modules": 140,
-    "rotation": 280,
+    "rotation": 305,
     "sphere": 200,
     "views": 130,
 }
