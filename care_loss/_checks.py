@@ -730,12 +730,12 @@ def can_show_progress(progress: bool | None, installed: bool) -> None:
         )
 
 
-def found(rows: Sequence[Any], every: Sequence[Any]) -> None:
+def found(rows: Sequence[Any], every: Sequence[Any], asked: tuple[Any, Any, Any]) -> None:
     """Require that a report has the row that is asked for."""
     if not rows:
         keys = sorted({(r.transformation, r.output, r.against) for r in every})
         raise KeyError(
-            "the transformation, output and comparison must be those of a row, got another: the "
+            f"the transformation, output and comparison must be those of a row, got {asked}: the "
             f"report has {keys}."
         )
 

@@ -34,6 +34,9 @@ from care_loss._numerics import computed_in, exact, function, normal, savable
 class RotationFit(NamedTuple):
     """An orthogonal map, and how well and how uniquely it fits.
 
+    Save it as a dictionary, `fit._asdict()`, and load it by `RotationFit(**torch.load(path))`:
+    `torch.load` refuses other classes than its own by default.
+
     Attributes:
         rotation: The map, `(*, D, D)`.
         residual: The root mean squared row error, `(*)`.

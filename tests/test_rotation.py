@@ -900,3 +900,10 @@ def test_the_distance_is_a_metric_and_the_length_of_the_logarithm(d, seed):
     skew = (skew - skew.mT) / (skew - skew.mT).norm()  # no principal angle beyond pi
     turned = r1 @ torch.linalg.matrix_exp(2 * skew)
     close(rotation_distance(r1, turned), torch.tensor(2 / math.sqrt(2)).double(), 1e-7)
+
+
+def test_a_fit_is_saved_as_a_dictionary(tmp_path):
+    fit = fit_rotation(*torch.randn(2, 8, 4))
+    torch.save(fit._asdict(), tmp_path / "fit.pt")
+    loaded = rotation.RotationFit(**torch.load(tmp_path / "fit.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(loaded, fit, strict=True))

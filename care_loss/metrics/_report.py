@@ -197,7 +197,10 @@ def _row(
     decided = verdict(figures, n, d) if acted.any() else "no change"
     still, zeros = int((~acted).sum()), int((z == 0).all(-1).sum())
     if still:
-        warnings.append(f"{still} of {draws} draws change no image; the others show invariance.")
+        warnings.append(
+            f"{still} of {draws} draws change no image, and are left out of the displacement and "
+            "the shares."
+        )
     if zeros:
         warnings.append(f"{zeros} embeddings are 0, and have no direction.")
     if decided == "invariant":
@@ -209,12 +212,12 @@ def _row(
             f"{n} images are fewer than 4 D = {4 * d}: the rotation share is too low, and there is "
             "no linear share."
         )
-    if "gap_ratio" not in figures:
+    if "unshared_gap" not in figures:
         warnings.append("all draws are equal: there is no unshared control.")
     angles = _by_draws(_angles, *_few(z, moved))["angles"]
     if d > 1:
         figures["angle"] = _mean(angles[:, 0])
-    shown = {key: figures[key] for key in COLUMNS if key in figures}
+    shown = {key: figures.get(key, UNKNOWN) for key in COLUMNS}
     return ReportRow(*labels, decided, n, d, draws, tuple(warnings), shown, angles)
 
 
