@@ -13,9 +13,12 @@ Pass the returned `chunks` to the loss, with the rows in the same order. Class l
 as ids: images of one class do not share an augmentation.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from care_loss import _checks, _chunks, _draws
 # Any, though it returns a tensor: jsonargparse takes a class here for one to be instantiated, and
 # expects a subclass of what the callable returns.
 Transform = Callable[[Any], Any]
+COPIES = 8  # of an image, on which a transform is tried: of two, half agree after a random flip
 
 
 class AugmentedChunks(NamedTuple):
@@ -36,7 +40,11 @@ class AugmentedChunks(NamedTuple):
 
 
 def augment_chunks(
-    images: Tensor, transform: Callable[[Tensor], Tensor], *, chunks: int | Tensor
+    images: Tensor,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    chunks: int | Tensor,
+    check: bool = True,
 ) -> AugmentedChunks:
     """Make one view of a batch; all images of a chunk share one augmentation.
 
@@ -57,6 +65,10 @@ def augment_chunks(
         images: A batch of images, `(N, ...)` with `N >= 2`.
         transform: Maps images `(n, ...)` to views `(n, ...)`, drawing one augmentation for all.
         chunks: The number of contiguous chunks, or integer ids `(N,)`, as the losses take them.
+        check: Check the transform when it is first used: copies of one image must come out equal.
+            The generators of torch, NumPy and `random` are left as they were; a transform with a
+            generator of its own makes a few more draws. A transform that draws for each image but
+            rarely changes any is not noticed: :func:`assert_shared` checks more.
 
     Returns:
         The view, in the order of `images`, and the chunks to pass to the loss: the number of chunks
@@ -78,6 +90,8 @@ def augment_chunks(
         rows.to(images.device, non_blocking=True) for rows in _chunks.members(chunks, len(images))
     ]
     _checks.pairs([rows for rows in members if len(rows) > 1])
+    if _checks.boolean("check", check):
+        _check_once(transform, images, max(map(len, members)))
     outputs = [_checks.views(transform(images[rows]), len(rows)) for rows in members]
     _checks.separate(outputs)
     _checks.one_size([output[0] for output in outputs])
@@ -96,7 +110,11 @@ class SharedViews(NamedTuple):
 
 
 def shared_views(
-    images: Tensor, transform: Callable[[Tensor], Tensor], *, chunks: int | Tensor
+    images: Tensor,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    chunks: int | Tensor,
+    check: bool = True,
 ) -> SharedViews:
     """Make two views of a batch; each chunk shares one augmentation in each view.
 
@@ -107,6 +125,7 @@ def shared_views(
         images: A batch of images, `(N, ...)` with `N >= 2`.
         transform: Maps images `(n, ...)` to views `(n, ...)`, drawing one augmentation for all.
         chunks: The number of contiguous chunks, or integer ids `(N,)`, as the losses take them.
+        check: Check the transform when it is first used, as :func:`augment_chunks` does.
 
     Returns:
         The two views, in the order of `images`, and the chunks to pass to the loss: the number of
@@ -125,8 +144,8 @@ def shared_views(
         >>> torch.equal(view1[0], view1[2]), torch.equal(view1[0], view2[0])
         (True, False)
     """
-    view1, made = augment_chunks(images, transform, chunks=chunks)
-    view2, _ = augment_chunks(images, transform, chunks=chunks)
+    view1, made = augment_chunks(images, transform, chunks=chunks, check=check)
+    view2, _ = augment_chunks(images, transform, chunks=chunks, check=check)
     return SharedViews(view1, view2, made)
 
 
@@ -253,6 +272,42 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
         within = any(_draws.differ(copy, view[0]) for view in views for copy in view[1:])
         across = any(_draws.differ(view[0], views[0][0]) for view in views[1:])
         _checks.shared(within, across, len(views))
+
+
+_CHECKED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # transforms, with their methods
+
+
+def _check_once(transform: Callable[[Tensor], Tensor], images: Tensor, n: int) -> None:
+    """Check, when a transform is first used, that it draws one augmentation for all `n` images."""
+    owner, method = _identity(transform)
+    if method in _CHECKED.get(owner, ()):
+        return
+    values = images.detach().flatten(1)
+    image = images[(values.amax(-1) - values.amin(-1)).argmax()]  # a constant one may hide it
+    with _draws.kept(images.device):
+        for _ in range(math.ceil((COPIES - 1) / (n - 1))):
+            copies = _checks.views(transform(torch.stack([image] * n)), n)
+            finite = bool(copies.isfinite().all())  # what is not is the encoder's to find
+            differ = finite and _draws.differ(copies, copies[:1].expand_as(copies))
+            _checks.shared(differ, True, 1)
+    _CHECKED.setdefault(owner, set()).add(method)
+
+
+def _identity(transform: Callable[[Tensor], Tensor]) -> tuple[Any, str]:
+    """Return what stays the same if a transform is made anew for every call, and a name of it.
+
+    A method is a new object at every access, and so is a function that is defined in a loop.
+    """
+    while isinstance(transform, partial):
+        transform = transform.func
+    owner = getattr(transform, "__self__", None)
+    name = getattr(transform, "__name__", "") if owner is not None else ""
+    owner = getattr(transform, "__code__", transform) if owner is None else owner
+    try:
+        hash(owner), ref(owner)
+    except TypeError:
+        owner = type(owner)
+    return owner, name
 
 
 def _stack(views: list[Tensor]) -> Tensor:

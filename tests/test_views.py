@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -297,3 +298,56 @@ def test_whatever_else_samples_hold_is_collated_too():
     assert len(views) == 3
     assert labels.tolist() == more["id"].tolist() == [0, 1, 2, 3]
     assert list(names) == ["image 0", "image 1", "image 2", "image 3"]
+
+
+def flips(images):  # each image by itself
+    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flipped, images.flip(-1), images)
+
+
+class PerImage:
+    __hash__ = None
+
+    def __call__(self, images):
+        return noise(images)
+
+    def method(self, images):
+        return noise(images)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [noise, flips, PerImage(), PerImage().method, partial(noise), lambda x: noise(x)],
+    ids=["function", "flips", "object", "method", "partial", "lambda"],
+)
+@pytest.mark.parametrize("chunks", [2, 16])
+def test_a_transform_of_single_images_is_refused_at_its_first_use(transform, chunks, device):
+    images = torch.rand(32, 3, 4, 4, device=device)
+    before = torch.get_rng_state(), random.getstate()
+    for make in (augment_chunks, shared_views):
+        with pytest.raises(ValueError, match="one augmentation for all images of a chunk"):
+            make(images, transform, chunks=chunks)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    made = augment_chunks(images, transform, chunks=chunks, check=False)
+    assert made.view.shape == images.shape
+
+
+def test_a_shared_transform_is_checked_once_and_draws_as_without_the_check(device):
+    images = torch.rand(12, 3, 4, 4, device=device)
+    calls = []
+
+    def views(check):
+        def transform(x):  # a new function in every call
+            calls.append(len(x))
+            return brightness(x)
+
+        torch.manual_seed(0)
+        made = [augment_chunks(images, transform, chunks=3, check=check).view for _ in range(2)]
+        return torch.stack(made)
+
+    checked = views(True)
+    assert len(calls) == 6 + 3  # of four copies each, three tries
+    assert torch.equal(checked, views(True))
+    assert len(calls) == 6 + 3 + 6
+    assert torch.equal(checked, views(False))

@@ -46,7 +46,7 @@ class MoCo:
         for key, query in zip(self.key_encoder.parameters(), encoder.parameters(), strict=True):
             key.lerp_(query.detach(), 1 - MOMENTUM)
         x1, x2 = self.ordinary(images), self.ordinary(images)
-        turned, chunks = augment_chunks(x1, self.turn, chunks=photos.CHUNKS)
+        turned, chunks = augment_chunks(x1, self.turn, chunks=photos.CHUNKS, check=False)
         query, key = encoder(x1), self.key_encoder(x2)
         e = encoder(turned) if self.by_query else self.key_encoder(turned)
         return self.criterion.forward_components(query, key, query, e, chunks=chunks)._asdict()
