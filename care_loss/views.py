@@ -49,8 +49,11 @@ def augment_chunks(
     """Make one view of a batch; all images of a chunk share one augmentation.
 
     It serves the form of the loss with three forwards, in which the equivariance loss compares the
-    first ordinary view with the same images under a shared augmentation::
+    first ordinary view with the same images under a shared augmentation. If the images come in one
+    state (all upright, say), turn each by itself first, the same in all views: training has to show
+    all states between which `turn` turns::
 
+        images = torch.cat([turn(image[None]) for image in images])
         x1, x2 = ordinary(images), ordinary(images)
         turned, chunks = augment_chunks(x1, turn, chunks=8)
         z1, z2, e = encoder(x1), encoder(x2), encoder(turned)

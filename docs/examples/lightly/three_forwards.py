@@ -17,6 +17,8 @@ transform = SimCLRTransform(
     random_gray_scale=0.0,
     normalize=None,
 )
+any_hue = torchvision.transforms.ColorJitter(hue=0.5)  # first: training has to show all hues
+transform = torchvision.transforms.Compose([any_hue, transform])
 # Random images, to try the loop: in their place, use torchvision.datasets.CIFAR10, for example.
 dataset = torchvision.datasets.FakeData(128, (3, 32, 32), transform=transform)
 dataloader = torch.utils.data.DataLoader(
