@@ -17,11 +17,8 @@ def turn_hue(images):  # one turn of the colours about the grey axis, for all im
 class CARE(SimCLR):  # in three forwards
     def training_step(self, batch, batch_idx):
         out, settings = BaseMethod.training_step(self, batch, batch_idx), self.cfg.method_kwargs
-        care = CAREloss(
-            temperature=self.temperature,
-            equivariance_weight=settings.equivariance_weight,
-            gather_distributed=True,
-        )
+        t, weight = self.temperature, settings.equivariance_weight
+        care = CAREloss(temperature=t, equivariance_weight=weight, gather_distributed=True)
         turned, chunks = augment_chunks(batch[1][0], turn_hue, chunks=settings.chunks)
         z1, z2, e = *out["z"], self(turned)["z"]
         parts = care.forward_components(z1, z2, z1, e, chunks=chunks)._asdict()
