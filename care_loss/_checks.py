@@ -27,7 +27,8 @@ def embeddings(*, leading: bool = True, rows: int = 2, **tensors: Any) -> None:
         raise ValueError(
             f"`{name}` must have shape {'(*, N, D)' if leading else '(N, D)'} with N >= {rows} and "
             f"D >= 1, got {tuple(first.shape)}: pass one row per sample, as .flatten(1) makes "
-            "them; a single sample has no other to be compared with."
+            "them. A single sample has no other to be compared with: leave out last batches of one "
+            "with drop_last=True."
         )
     for other_name, other in others:
         if first.shape != other.shape:
@@ -58,6 +59,33 @@ def rows_of_processes(name: str, shapes: Sequence[tuple[int, int, torch.dtype]])
             f"`{name}` must have rows of one shape and dtype on all processes, got "
             f"{' and '.join(described)}: use the same encoder and the same precision on all. Only "
             "the number of rows may differ."
+        )
+
+
+def one_temperature(temperatures: Sequence[float]) -> None:
+    """Require that all processes have the same temperature, in float32."""
+    first = temperatures[0]
+    for rank, other in enumerate(temperatures):
+        if other != first and not (math.isnan(other) and math.isnan(first)):
+            raise ValueError(
+                f"`temperature` must be the same on all processes, got {first:.6g} on process 0 "
+                f"and {other:.6g} on process {rank}: a learned one belongs to the module that "
+                "DistributedDataParallel wraps."
+            )
+
+
+def on_another_process(rank: int, sentence: str, own: Exception | None) -> None:
+    """Raise on all processes what one of them has refused."""
+    kind = type(own) if own else ValueError
+    raise kind(f"on process {rank}: {sentence}") from own
+
+
+def no_transform(active: bool) -> None:
+    """Require a call outside of the transforms of torch.func, which cannot communicate."""
+    if active:
+        raise NotImplementedError(
+            "rows of several processes must be gathered outside of torch.func transforms, got a "
+            "call under one (grad, vmap, jvp): use torch.autograd.grad."
         )
 
 

@@ -1,10 +1,12 @@
 """Several processes: gathering rows, and the InfoNCE loss of all processes.
 
-Each process calls the same function with its own rows. A call first compares the shapes of all
-processes, so that a mistake on one of them is an error on all, and none waits for another.
+Each process calls the same function with its own rows. A call first checks the arguments and
+compares the shapes of all processes, so that a mistake on one of them is an error on all, and none
+waits for another.
 """
 
 import math
+import struct
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +37,7 @@ from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, savable, without_autocast
 from care_loss.functional import Reduction
 
+_LONGEST = 1000  # bytes of a sentence that processes exchange
 _DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
@@ -54,15 +57,16 @@ def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -
         The rows of all processes, `(sum of N, ...)`; `x` itself if there is only one process.
 
     Raises:
-        ValueError: on all processes, if their rows differ in shape or dtype; on a process that does
-            not belong to `process_group`.
+        ValueError: on all processes, if an argument of one is not as described, or if their rows
+            differ in shape or dtype; on a process that does not belong to `process_group`.
+        NotImplementedError: under a transform of `torch.func`.
 
     Example:
         >>> all_gather(torch.zeros(2, 3)).shape  # a single process
         torch.Size([2, 3])
     """
-    _checks.rows(x)
     if not _several(process_group):
+        _checks.rows(x)
         return x
     gathered: Tensor = _eager(_gather_rows)(x, process_group)
     return gathered
@@ -102,20 +106,40 @@ def info_nce_loss(
         in the order of their ranks.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described, or differs between processes.
+        TypeError, ValueError: on all processes, if an argument of one is not as described, or
+            differs between processes.
+        NotImplementedError: under a transform of `torch.func`.
 
     Example:
         >>> z = torch.eye(4)
         >>> info_nce_loss(z, z, temperature=0.5)  # a single process
         tensor(0.5944)
     """
-    _checks.embeddings(leading=False, rows=1, z1=z1, z2=z2)
-    temperature = _checks.temperature(temperature, z1.device)
-    _checks.reduction(reduction)
+    return checked_info_nce_loss(z1, z2, temperature, reduction, process_group, lambda: None)
+
+
+def checked_info_nce_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    reduction: Reduction,
+    process_group: "dist.ProcessGroup | None",
+    also: Callable[[], object],
+) -> Tensor:
+    """Return :func:`info_nce_loss`; what the function `also` raises is an error on all processes.
+
+    A loss of several parts checks the arguments of all of them before the first communicates.
+    """
+
+    def check() -> Input:
+        also()
+        _checks.embeddings(leading=False, rows=1, z1=z1, z2=z2)
+        _checks.reduction(reduction)
+        return _checks.temperature(temperature, z1.device)
+
     if not _several(process_group):
-        return functional.info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
-    z1, z2 = savable(z1, z2)
-    losses: Tensor = _eager(_losses)(z1, z2, temperature, process_group)
+        return functional.info_nce_loss(z1, z2, temperature=check(), reduction=reduction)
+    losses: Tensor = _eager(_losses)(z1, z2, check, process_group)
     return losses.mean() if reduction == "mean" else losses
 
 
@@ -138,11 +162,8 @@ def assert_seeds_differ(*, process_group: "dist.ProcessGroup | None" = None) -> 
     """
     if not _several(process_group):
         return
-    backend = dist.get_backend(process_group)
-    device = "cpu" if backend in ("gloo", "mpi") else torch.accelerator.current_accelerator()
-    state = torch.tensor([zlib.crc32(bytes(torch.get_rng_state().tolist()))], device=device)
-    states = _gather(state, process_group, [1] * dist.get_world_size(process_group))
-    _checks.different_seeds(states.tolist())
+    state = zlib.crc32(bytes(torch.get_rng_state().tolist()))
+    _checks.different_seeds(_exchanged([state], torch.int64, process_group).flatten().tolist())
 
 
 def _several(group: Any) -> bool:
@@ -159,18 +180,49 @@ def _eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compiler.disable(function) if compiling else function
 
 
-def _sizes(name: str, x: Tensor, group: Any) -> list[int]:
-    """Compare the rows of all processes, and return how many each of them has."""
-    shape = torch.tensor(
-        [[len(x), x.ndim, math.prod(x.shape[1:]), _DTYPES.index(x.dtype)]], device=x.device
-    )
-    shapes = _gather(shape, group, [1] * dist.get_world_size(group)).tolist()
-    _checks.rows_of_processes(name, [(*row[1:3], _DTYPES[row[3]]) for row in shapes])
-    return [row[0] for row in shapes]
+def _exchanged(numbers: list[int], dtype: torch.dtype, group: Any) -> Tensor:
+    """Return as many numbers of each process, `(processes, numbers)`, on the backend's device."""
+    in_memory = dist.get_backend(group) in ("gloo", "mpi")
+    device = "cpu" if in_memory else torch.accelerator.current_accelerator()
+    own = torch.tensor([numbers], dtype=dtype, device=device)
+    return _gather(own, group, [1] * dist.get_world_size(group))
+
+
+def _agreed(name: str, x: Any, check: Callable[[], Input], group: Any) -> tuple[Input, list[int]]:
+    """Check the arguments of all processes, and compare their rows and temperatures.
+
+    Returns the temperature, and how many rows each process has. What one process refuses, in
+    `check`, is an error on all, and none waits for one that has failed.
+    """
+    _checks.no_transform(torch._C._are_functorch_transforms_active())
+    refused, own = None, [-1, 0, 0, 0]
+    temperature: Input = 0.0
+    try:
+        temperature = check()
+        value = temperature.detach() if isinstance(temperature, Tensor) else temperature
+        value = min(float(value), torch.finfo(torch.float32).max)
+        # The dtype and the temperature, in float32, share a number.
+        bits = int.from_bytes(struct.pack("<f", value), "little")
+        kind = _DTYPES.index(x.dtype) << 32 | bits
+        own = [len(x), x.ndim, math.prod(x.shape[1:]), kind]
+    except (TypeError, ValueError) as error:
+        refused = error
+    found = _exchanged(own, torch.int64, group).tolist()
+    broken = [rank for rank, row in enumerate(found) if row[0] < 0]
+    if broken:
+        sentence = str(refused or "").encode()[:_LONGEST].ljust(_LONGEST)
+        sentences = _exchanged(list(sentence), torch.uint8, group).tolist()
+        told = bytes(sentences[broken[0]]).decode(errors="ignore").strip()
+        _checks.on_another_process(broken[0], told, refused)
+    _checks.rows_of_processes(name, [(*row[1:3], _DTYPES[row[3] >> 32]) for row in found])
+    every = [struct.pack("<I", row[3] & 0xFFFFFFFF) for row in found]
+    _checks.one_temperature([struct.unpack("<f", bits)[0] for bits in every])
+    return temperature, [row[0] for row in found]
 
 
 def _gather(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
     """Return the rows of all processes, which have as many as `sizes` says."""
+    x = x.resolve_conj().resolve_neg()  # views that the bytes in memory do not show
     longest, row = max(sizes), x.shape[1:]
     padded = x.contiguous()
     if len(x) < longest:
@@ -199,7 +251,11 @@ def _own(sizes: list[int], group: Any) -> slice:
 
 
 def _gather_rows(x: Tensor, group: Any) -> Tensor:
-    sizes = _sizes("x", x, group)
+    def check() -> Input:
+        _checks.rows(x)
+        return 0.0
+
+    _, sizes = _agreed("x", x, check, group)
     gathered: Tensor = _AllGather.apply(x, group, sizes)  # type: ignore[no-untyped-call]
     return gathered
 
@@ -233,12 +289,13 @@ class _SumForOwner(Function):
         return gathered, None, None
 
 
-def _losses(z1: Tensor, z2: Tensor, temperature: Input, group: Any) -> Tensor:
+def _losses(z1: Tensor, z2: Tensor, check: Callable[[], Input], group: Any) -> Tensor:
     """Return the losses of the anchors of all processes, `(2, sum of N)`."""
+    temperature, sizes = _agreed("z1", z1, check, group)
+    z1, z2 = savable(z1, z2)
     plain = partial(_plain_losses, group)
     if not by_hand(z1, z2, temperature):
         return plain(z1, z2, temperature)
-    sizes = _sizes("z1", z1, group)
     derive = need_gradient(z1, z2, temperature)
     losses: Tensor = _InfoNCE.apply(z1, z2, temperature, group, sizes, plain, derive)  # type: ignore[no-untyped-call]
     return losses

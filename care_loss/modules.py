@@ -6,11 +6,12 @@ which configuration files can contain.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from care_loss import _checks, distributed
+from care_loss import _checks, _chunks, distributed
 from care_loss.functional import Reduction, Scale, equivariance_loss, info_nce_loss
 
 _TEMPERATURE = 0.5
@@ -239,6 +240,30 @@ class CAREloss(nn.Module):
             chunks: The number of chunks or the ids `(N',)` that the views returned. They take the
                 place of the constructor's `chunks` for this batch.
         """
+        arguments = partial(self._arguments, z1, z2, equivariant1, equivariant2, chunks)
+        # In several processes, all arguments are checked before the first part communicates.
+        pair = None if self.gather_distributed else arguments()
+        if self.base_loss is None:
+            base = _info_nce(
+                z1, z2, self.temperature, "mean", self.gather_distributed, also=arguments
+            )
+        else:
+            base = _checks.scalar(self.base_loss(z1, z2))
+        first, second, chunks = pair or arguments()
+        equivariance = equivariance_loss(first, second, chunks=chunks, scale=self.scale)
+        weight = _checks.number("equivariance_weight", self.equivariance_weight, or_zero=True)
+        loss = base + weight * equivariance
+        return CARELossComponents(loss, base, equivariance)
+
+    def _arguments(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        equivariant1: Tensor | None,
+        equivariant2: Tensor | None,
+        chunks: int | Tensor | None,
+    ) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Check what the equivariance loss is given, and return it."""
         _checks.equivariant_pair(equivariant1, equivariant2, self.shared_views)
         chunks = _checks.chunks_of_call(chunks, self.chunks)
         if equivariant1 is None or equivariant2 is None:
@@ -246,16 +271,10 @@ class CAREloss(nn.Module):
             equivariant1, equivariant2 = z1, z2
         else:
             _checks.embeddings(leading=False, equivariant1=equivariant1, equivariant2=equivariant2)
-        if self.base_loss is None:
-            base = _info_nce(z1, z2, self.temperature, "mean", self.gather_distributed)
-        else:
-            base = _checks.scalar(self.base_loss(z1, z2))
-        equivariance = equivariance_loss(
-            equivariant1, equivariant2, chunks=chunks, scale=self.scale
-        )
-        weight = _checks.number("equivariance_weight", self.equivariance_weight, or_zero=True)
-        loss = base + weight * equivariance
-        return CARELossComponents(loss, base, equivariance)
+        chunks = _checks.chunks(chunks, len(equivariant1), equivariant1.device)
+        if self.gather_distributed and (plan := _chunks.plan(chunks, len(equivariant1))):
+            _checks.pairs(plan[1])
+        return equivariant1, equivariant2, chunks
 
     def extra_repr(self) -> str:
         names = ["equivariance_weight", "chunks", "shared_views", "scale"]
@@ -267,11 +286,17 @@ class CAREloss(nn.Module):
 
 
 def _info_nce(
-    z1: Tensor, z2: Tensor, temperature: float, reduction: Reduction, gather_distributed: bool
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float,
+    reduction: Reduction,
+    gather_distributed: bool,
+    also: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    _checks.embeddings(leading=False, rows=1 if gather_distributed else 2, z1=z1, z2=z2)
-    function = distributed.info_nce_loss if gather_distributed else info_nce_loss
-    return function(z1, z2, temperature=temperature, reduction=reduction)
+    if gather_distributed:
+        return distributed.checked_info_nce_loss(z1, z2, temperature, reduction, None, also)
+    _checks.embeddings(leading=False, z1=z1, z2=z2)
+    return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
 
 
 def _arguments(module: nn.Module, *names: str) -> str:

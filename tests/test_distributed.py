@@ -427,6 +427,93 @@ def test_a_mistake_on_one_process_is_an_error_on_all(two):
     two.run(mistakes)
 
 
+def only_on(place, rank, wrong, right):
+    return wrong if rank == place else right
+
+
+def refusals(rank, world):
+    """What one process refuses must be an error on all, which names it and says the fault."""
+    eight, last = torch.randn(4, 8, 6), world - 1
+    care = CAREloss(gather_distributed=True, chunks=2)
+    two_views = CAREloss(gather_distributed=True, shared_views=True)
+
+    def one(wrong, right):
+        return only_on(last, rank, wrong, right)
+
+    ids = torch.arange(8)
+    calls = {
+        "one row": (lambda: care(*one(eight[:, :1], eight)), "with N >= 2"),
+        "no rows": (lambda: care(*one(eight[:, :0], eight)), "got (0, 6)"),
+        "no rows, InfoNCE": (
+            lambda: InfoNCELoss(gather_distributed=True)(*one(eight[:2, :0], eight[:2])),
+            "got (0, 6)",
+        ),
+        "other lengths": (
+            lambda: distributed.info_nce_loss(eight[0], one(eight[1, :5], eight[1])),
+            "must have the same shape",
+        ),
+        "other lengths of the shared views": (
+            lambda: care(eight[0], eight[1], eight[2], one(eight[3, :5], eight[3])),
+            "`equivariant1` and `equivariant2` must have the same shape",
+        ),
+        "ids without a pair": (
+            lambda: two_views(eight[0], eight[1], chunks=one(ids, ids // 2)),
+            "`chunks`",
+        ),
+        "no chunks": (lambda: two_views(eight[0], eight[1], chunks=one(None, 2)), "`chunks`"),
+        "views missing": (lambda: care(*one(eight[:2], eight)), "shared_views=True"),
+        "a list": (lambda: all_gather(one([1.0], torch.ones(2))), "got list"),
+        "a temperature": (
+            lambda: distributed.info_nce_loss(*eight[:2], temperature=one(torch.tensor(-1.0), 0.5)),
+            "`temperature` must be > 0, got -1",
+        ),
+        "a word": (
+            lambda: distributed.info_nce_loss(*eight[:2], reduction=one("sum", "mean")),
+            "`reduction` must be",
+        ),
+    }
+    for name, (call, sentence) in calls.items():
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert str(error.value).startswith(f"on process {last}: "), name
+        assert sentence in str(error.value), name
+    found = distributed.info_nce_loss(*eight[:2])  # nothing is stuck
+    assert found.isfinite()
+
+
+def test_what_one_process_refuses_is_an_error_on_all(two):
+    begin = time.monotonic()
+    two.run(refusals)
+    assert time.monotonic() - begin < 50  # the timeout is 60 s
+
+
+def other_inputs(rank, world):
+    z1, z2 = torch.randn(2, ROWS, DIM)
+    for t in (0.5 + 0.001 * rank, torch.tensor(0.0695 - 0.001 * rank, requires_grad=True)):
+        with pytest.raises(ValueError, match=r"same on all processes, got 0.*on process 0 and 0"):
+            distributed.info_nce_loss(z1, z2, temperature=t)
+    with pytest.raises(NotImplementedError, match=r"outside of torch\.func"):
+        torch.func.grad(lambda z: distributed.info_nce_loss(z, z2))(z1)
+    with pytest.raises(NotImplementedError, match=r"outside of torch\.func"):
+        torch.func.grad(lambda z: all_gather(z).sum())(z1)
+    pairs = torch.randn(3, 2, dtype=torch.complex64)
+    gathered = all_gather(pairs.conj())
+    assert torch.equal(gathered, torch.cat([pairs.conj()] * world).resolve_conj())
+    negative = pairs.conj().imag  # a view whose sign is kept beside it
+    assert negative.is_neg()
+    assert torch.equal(all_gather(negative), torch.cat([negative] * world))
+    with torch.inference_mode():
+        key = z2.clone()
+    z1.requires_grad_()
+    loss, expected = (distributed.info_nce_loss(z1, z) for z in (key, key.clone()))
+    loss, expected = (torch.autograd.grad(x, z1)[0] for x in (loss, expected))
+    assert torch.equal(loss, expected)
+
+
+def test_temperatures_transforms_views_and_tensors_of_inference_mode(two):
+    two.run(other_inputs)
+
+
 def missing(rank, rendezvous, how):
     options = {"rank": rank, "world_size": 2, "init_method": f"file://{rendezvous}"}
     dist.init_process_group("gloo", **options)
