@@ -132,6 +132,7 @@ def checked_info_nce_loss(
     """
 
     def check() -> Input:
+        """Check all arguments, and return the temperature."""
         also()
         _checks.embeddings(leading=False, rows=1, z1=z1, z2=z2)
         _checks.reduction(reduction)
@@ -252,6 +253,7 @@ def _own(sizes: list[int], group: Any) -> slice:
 
 def _gather_rows(x: Tensor, group: Any) -> Tensor:
     def check() -> Input:
+        """Check the rows, which have no temperature."""
         _checks.rows(x)
         return 0.0
 
