@@ -3,17 +3,9 @@
 With the unit rows U and V of a chunk `(n, D)` and Δ = U Uᵀ - V Vᵀ without its diagonal, the loss is
 Σ Δ², and its gradients with respect to U and V are 4 Δ U and -4 Δ V.
 
-Where all rows nearly coincide (in a network at its start, or one that has collapsed), the products
-are near 1, and Δ is the small difference of two of them. So both forms compute it from the rows a
-and b minus their mean, with s = 1 for a zero row, else 0:
-
-    u_i · u_j = 1 + a_i · a_j - (|a_i|² + s_i) / 2 - (|a_j|² + s_j) / 2         for i ≠ j
-
 The direct form computes Δ. For long chunks, the sum over all entries and the products come from
-C = [A, B]ᵀ [A, B], `(2D, 2D)`. With r the difference of the last terms of the two views,
-Δ = A Aᵀ - B Bᵀ + r 1ᵀ + 1 rᵀ, and A and B have columns of mean 0. With C' for C with its
-off-diagonal blocks negated, the sum is that of the entries of C times those of C', plus
-2 n Σ r² + 2 (Σ r)², and [Δ A, -Δ B] = [A, B] C' + [1 rᵀ A, -1 rᵀ B]. The sum and the products lose
+C = [U, V]ᵀ [U, V], `(2D, 2D)`. With C' for C with its off-diagonal blocks negated, the sum is that
+of the entries of C times those of C', and [Δ U, -Δ V] = [U, V] C'. The sum and the products lose
 digits where the views are close, and are computed in float64. The diagonal of Δ is subtracted: it
 is not 0 where one of two rows is.
 """
@@ -141,12 +133,7 @@ def _compare(x: Tensor, length: Tensor, factor: float | None) -> tuple[Tensor, T
 def _compare_directly(
     x: Tensor, length: Tensor, factor: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    # Products of unit rows minus 1 are small where all rows nearly coincide. From rows minus their
-    # mean, no digits cancel in them, and errors in the lengths of rows do not count.
-    centred = x - x.mean(-2, keepdim=True)
-    gram = torch.bmm(centred, centred.mT)
-    squares = gram.diagonal(0, -2, -1).unsqueeze(-1) + (length == torch.inf)  # (2k, n, 1)
-    gram.sub_(squares, alpha=0.5).sub_(squares.mT, alpha=0.5)  # U Uᵀ - 1, and V Vᵀ - 1
+    gram = torch.bmm(x, x.mT)
     first, second = gram.chunk(2)
     torch.sub(second, first, out=first)  # -Δ, and exactly 0 for equal views
     first.diagonal(0, -2, -1).zero_()
@@ -155,7 +142,7 @@ def _compare_directly(
         return gap, None
     # The gradient of a unit row has no part along the row. That of u_i in Σ_j Δ_ij u_j, which is
     # Σ_j Δ_ij u_i·u_j, is subtracted with the diagonal of Δ, which is free for it.
-    along = torch.addcmul(first, first, second, out=second).sum(-1)
+    along = second.mul_(first).sum(-1)
     torch.neg(first, out=second)
     torch.sub(gap, along, out=first.diagonal(0, -2, -1))
     second.diagonal(0, -2, -1).copy_(along)
@@ -169,28 +156,21 @@ def _compare_by_columns(
     k, n, d = len(x) // 2, *x.shape[1:]
     both = x.new_empty(k, n, 2, d, dtype=exact(x[:0]).dtype)
     both.copy_(x.view(2, k, n, d).movedim(0, 2))
-    zero = (length == torch.inf).view(2, k, n).movedim(0, 2)
-    mean = both.mean(1, keepdim=True)
-    squares = both.sub_(mean).square().sum(-1).add_(zero)
-    r = (squares[..., 1] - squares[..., 0]).mul_(0.5).unsqueeze(-1)  # (k, n, 1)
+    squared = torch.linalg.vector_norm(both, dim=-1).square()
     both = both.view(k, n, 2 * d)
     products = torch.bmm(both.mT, both)
     turned = products.clone()
     turned[:, :d, d:].neg_()
     turned[:, d:, :d].neg_()
-    own = (zero[..., 0] ^ zero[..., 1]).sum(-1, keepdim=True)
-    gap = products.mul_(turned).sum((-2, -1)).unsqueeze(-1) - own
-    gap += 2 * (n * r.square().sum(1) + r.sum(1).square())
+    own = (squared[..., 0] - squared[..., 1]).square().sum(-1)
+    gap = products.mul_(turned).sum((-2, -1)).sub_(own).unsqueeze(-1)
     gap.clamp_min_(0)  # it is not below 0 but for rounding
     if factor is None:
         return gap, None
     # The diagonal of Δ pulls each row along itself only: it need not be left out.
-    found = torch.bmm(both, turned).view(k, n, 2, d)
-    ones = n * r + r.sum(1, keepdim=True)  # Δ 1
-    shifted = torch.bmm(r.mT, both).view(k, 1, 2, d) + ones.unsqueeze(-1) * mean
-    shifted[..., 1, :].neg_()
     gradient = torch.empty_like(x)
-    gradient.view(2, k, n, d).copy_(found.add_(shifted).mul_(factor).movedim(2, 0))
+    found = torch.bmm(both, turned.mul_(factor)).view(k, n, 2, d)
+    gradient.view(2, k, n, d).copy_(found.movedim(2, 0))
     return gap, gradient_of_rows(gradient, x, length)[0]
 
 
