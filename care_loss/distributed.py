@@ -115,10 +115,10 @@ def info_nce_loss(
         >>> info_nce_loss(z, z, temperature=0.5)  # a single process
         tensor(0.5944)
     """
-    return checked_info_nce_loss(z1, z2, temperature, reduction, process_group, lambda: None)
+    return _checked_info_nce_loss(z1, z2, temperature, reduction, process_group, lambda: None)
 
 
-def checked_info_nce_loss(
+def _checked_info_nce_loss(
     z1: Tensor,
     z2: Tensor,
     temperature: float | Tensor,

@@ -294,7 +294,7 @@ def _info_nce(
     also: Callable[[], object] = lambda: None,
 ) -> Tensor:
     if gather_distributed:
-        return distributed.checked_info_nce_loss(z1, z2, temperature, reduction, None, also)
+        return distributed._checked_info_nce_loss(z1, z2, temperature, reduction, None, also)
     _checks.embeddings(leading=False, z1=z1, z2=z2)
     return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
 
