@@ -402,7 +402,8 @@ def _with_better_flip(
     rotation, frame, last = o.detach(), v.detach(), basis.detach()[..., -1:]
     first = rotation.mT @ last
     aligned = rotation - 2 * last @ first.mT  # without the flip
-    across = frame - aligned.mT @ u.detach()
+    # Where dependent rows lack directions, both frames are 0 but for rounding.
+    across = frame @ frame.mT @ (frame - aligned.mT @ u.detach())
     directions, sines, _ = torch.linalg.svd(across, full_matrices=False)
     apart = (sines[..., :1] > 2 * _noise(v, v.shape[-1])) & (values[..., -1:] < -0.5)
     direction = torch.where(apart.unsqueeze(-1), directions[..., :1], first)

@@ -11,6 +11,8 @@ settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True
 settings.register_profile("deep", max_examples=1000, deadline=None)
 settings.load_profile("ci")
 
+collect_ignore = ["pretend.py"]  # it registers a device in the process that imports it
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device of the tests; others are left out")
