@@ -71,7 +71,8 @@ def augment_chunks(
         check: Check the transform when it is first used: copies of one image must come out equal.
             The generators of torch, NumPy and `random` are left as they were; a transform with a
             generator of its own makes a few more draws. A transform that draws for each image but
-            rarely changes any is not noticed: :func:`assert_shared` checks more.
+            rarely changes any is not noticed: :func:`assert_shared` checks more. Functions that one
+            line of code defines, and partials of one function, count as one transform.
 
     Returns:
         The view, in the order of `images`, and the chunks to pass to the loss: the number of chunks

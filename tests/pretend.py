@@ -2,8 +2,8 @@
 
 Tests on it find without a GPU what fails on one: operations that mix devices raise as on CUDA. Only
 copies may mix, indices, and tensors without dimensions. It computes what a CPU computes, also in
-the backward. It has no generators of its own, no forward mode and no torch.compile, and needs torch
-2.9 or newer.
+the backward. It has no generators of its own, no forward mode and no torch.compile, and needs a
+torch that has backends written in Python (2.13 and 2.14 have them).
 """
 
 from functools import partial

@@ -482,9 +482,7 @@ def refusals(rank, world):
 
 
 def test_what_one_process_refuses_is_an_error_on_all(two):
-    begin = time.monotonic()
-    two.run(refusals)
-    assert time.monotonic() - begin < 50  # the timeout is 60 s
+    two.run(refusals)  # a process that waits ends in another error, after the timeout
 
 
 def other_inputs(rank, world):
