@@ -54,6 +54,8 @@ def steps(device: str, quick: bool) -> Iterator[Row]:
     many = leaves(2, 3000, 64, device=device)
     half = [z.detach().bfloat16().requires_grad_() for z in two]
     ids = torch.arange(256) % 16
+    # A leaf of its own: the graph of a view of another would belong to the stream that made it.
+    queue = leaves(1, 3000, 128, device=device)
     learned = [torch.tensor(0.5, device=place, requires_grad=True) for place in (device, "cpu")]
 
     def at(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def steps(device: str, quick: bool) -> Iterator[Row]:
         "InfoNCE, bfloat16": partial(gradient, info_nce_loss, *half),
         "InfoNCE, learned temperature": partial(gradient, at, *two, learned[0]),
         "InfoNCE, learned temperature on the CPU": partial(gradient, at, *two, learned[1]),
-        "InfoNCE, queue": partial(gradient, with_queue, *two, many[0][:, :1].expand(-1, 128)),
+        "InfoNCE, queue": partial(gradient, with_queue, *two, *queue),
         "InfoNCE, tiled, 6000 rows": partial(gradient, info_nce_loss, *many),
         "equivariance, ids on the CPU": partial(
             gradient, partial(equivariance_loss, chunks=ids), *two

@@ -475,16 +475,18 @@ def _noise(x: Tensor, size: int) -> float:
     return (4 + math.sqrt(size)) * torch.finfo(x.dtype).eps
 
 
-def _errors_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | float:
-    """Return how much singular values `(*, N)` of `x` may be wrong beyond `_noise`.
+def _error_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | float:
+    """Return how much singular values `(*, N)` of `x` may be wrong beyond `_noise`, `(*, 1)`.
 
     That of LAPACK is known. Solvers of other devices iterate until they decide to stop: the lengths
-    of x v_i - s_i u_i say how far the values are from what `x` makes of their vectors.
+    of x v_i - s_i u_i say how far the values are from what `x` makes of their vectors. The longest
+    counts for all values, so that those taken for 0, or for equal, are always the last ones.
     """
     if _is_lapack(x.device):
         return 0.0
-    errors: Tensor = torch.linalg.vector_norm(x @ vh.mT - u * s.unsqueeze(-2), dim=-2)
-    return errors
+    rest = torch.linalg.vector_norm(x @ vh.mT - u * s.unsqueeze(-2), dim=-2)
+    error: Tensor = rest.amax(-1, keepdim=True)
+    return error
 
 
 def _is_lapack(device: torch.device) -> bool:
@@ -522,9 +524,12 @@ def _determinant(q: Tensor) -> Tensor:
 
     It counts the reflections of a QR decomposition. In float32 `det` underflows (to 0 from D = 384
     on), and `slogdet` shares its LU decompositions, which can be wrong for batches: with torch
-    2.13, MKL and two threads they are, from D = 256 on. An operator, as torch.compile does not know
-    the shapes of `geqrf`.
+    2.13, MKL and two threads they are, from D = 256 on. On CUDA `geqrf` takes matrices one by one,
+    and `slogdet` is right (docs/cuda.md). An operator, as torch.compile does not know the shapes
+    of `geqrf`.
     """
+    if q.is_cuda:
+        return torch.linalg.slogdet(q).sign
     reflectors, scales = torch.geqrf(q)
     negative = reflectors.diagonal(dim1=-2, dim2=-1) < 0
     odd = (negative.sum(-1) + (scales != 0).sum(-1)) % 2
@@ -571,7 +576,7 @@ class _Polar(Function):
         transposed = x.masked_fill(broken, 0).mT
         q, s, ph = torch.linalg.svd(transposed, full_matrices=False)
         p, top = ph.mT, s[..., :1]
-        unknown = _errors_of_solver(transposed, q, s, ph)
+        unknown = _error_of_solver(transposed, q, s, ph)
         tail = s.flip(-1).cumsum(-1).flip(-1)
         null = (tail <= zero * top) | (s <= (noise * top).clamp_min(floor) + unknown)
         s = s.masked_fill(null, 0)

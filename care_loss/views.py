@@ -323,9 +323,10 @@ def _stack(views: list[Tensor]) -> Tensor:
 def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tensor]:
     """Transform the images of a chunk from one state of the generators, then restore those."""
     outputs, first = [], None
-    with _draws.kept():
+    device = images[0].device if isinstance(images[0], Tensor) else None
+    with _draws.kept(device):
         for image in images:
-            _draws.seed(seed)
+            _draws.seed(seed, device)
             outputs.append(_checks.view(transform(_copy(image)), image))
             after = _draws.states()
             first = first or after

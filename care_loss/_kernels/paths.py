@@ -1,7 +1,7 @@
 """Which path computes a loss: decided here, from the kind of call, the shapes and the settings.
 
-The numbers for CPUs were measured on two of them (docs/speed.md). Those for other devices are
-estimates: no GPU has run them. docs/cuda.md says which rows of benchmarks/cuda_paths.py decide.
+The numbers for CPUs were measured on two of them (docs/speed.md), those for other devices on one
+GPU: docs/cuda.md says which rows of benchmarks/cuda_paths.py decide.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,15 +35,15 @@ def is_batch_of_gradients(gradient: Tensor) -> bool:
 
 def is_dense(rows: int, device: torch.device) -> bool:
     """Whether InfoNCE keeps the matrix of all products of its rows."""
-    # In float32 it has 4 MiB, which fit a cache, or 64 MiB.
-    return rows <= (1024 if device.type == "cpu" else 4096)
+    # In float32 it has 4 MiB, which fit a cache, or 256 MiB.
+    return rows <= (1024 if device.type == "cpu" else 8192)
 
 
 def tile(device: torch.device) -> tuple[int, int]:
     """Return how many rows and columns InfoNCE takes at a time where it keeps no matrix."""
     # On a CPU a tile and its weights fit a second-level cache. Elsewhere each operation costs a
     # launch, which large tiles make up for.
-    return (256, 1024) if device.type == "cpu" else (2048, 4096)
+    return (256, 1024) if device.type == "cpu" else (4096, 8192)
 
 
 def is_long(n: int, d: int) -> bool:
