@@ -529,7 +529,8 @@ def _determinant(q: Tensor) -> Tensor:
     of `geqrf`.
     """
     if q.is_cuda:
-        return torch.linalg.slogdet(q).sign
+        sign: Tensor = torch.linalg.slogdet(q).sign
+        return sign
     reflectors, scales = torch.geqrf(q)
     negative = reflectors.diagonal(dim1=-2, dim2=-1) < 0
     odd = (negative.sum(-1) + (scales != 0).sum(-1)) % 2
