@@ -9,6 +9,7 @@ docs/cuda.md says which constant or choice of the code follows from which rows. 
   graphs, replayed and compared.
 * values: how far the singular values of each solver are from those of LAPACK, and what it makes of
   values that are 0, in units of eps s_1. The largest of a batch.
+* solvers: the time of those solvers, of eigenvectors, and of LAPACK with the way to it and back.
 * determinant: whether `_determinant` is right where the QR decomposition of the device has another
   convention than that of LAPACK, and other ways to it.
 * dense: InfoNCE, forward and backward, with a matrix of all products and by tiles of several sizes,
@@ -36,9 +37,15 @@ from torch import Tensor
 from care_loss import CAREloss
 from care_loss._kernels import info_nce as kernel
 from care_loss.functional import equivariance_loss, info_nce_loss
-from care_loss.rotation import _determinant, nearest_orthogonal
+from care_loss.rotation import _determinant, _svd, nearest_orthogonal
 
-SOLVERS = (None, "gesvd", "gesvdj", "gesvda")
+SOLVERS: dict[str, Callable[[Tensor], Any]] = {
+    "default": torch.linalg.svd,
+    "gesvd": partial(torch.linalg.svd, driver="gesvd"),
+    "gesvdj": partial(torch.linalg.svd, driver="gesvdj"),
+    "gesvda": partial(torch.linalg.svd, driver="gesvda"),
+    "as in the code": _svd,
+}
 TILES = ((1024, 1024), (2048, 4096), (4096, 4096), (4096, 8192), (8192, 8192), (8192, 16384))
 Call = Callable[[], Any]
 EPS = torch.finfo(torch.float64).eps
@@ -131,10 +138,12 @@ def values(device: str, quick: bool) -> Iterator[Row]:
             x = torch.randn(b, d, rank, dtype=torch.float64)
             x = x @ torch.randn(b, rank, d, dtype=torch.float64)
             wanted, here = torch.linalg.svdvals(x), x.to(device)
-            for solver in SOLVERS if device.startswith("cuda") else SOLVERS[:1]:
-                row: Row = {"case": f"D {d}, rank {rank}", "contender": solver or "default"}
+            for name, solver in SOLVERS.items():
+                if name.startswith("ges") and not device.startswith("cuda"):
+                    continue
+                row: Row = {"case": f"D {d}, rank {rank}", "contender": name}
                 try:
-                    u, s, vh = torch.linalg.svd(here, driver=solver)
+                    u, s, vh = solver(here)
                 except RuntimeError as error:
                     yield row | {"note": f"failed with {' '.join(str(error).split())[:200]}"}
                     continue
@@ -148,6 +157,19 @@ def values(device: str, quick: bool) -> Iterator[Row]:
                 yield row | {"note": note + f"orthogonality {orthogonality(u):.1f}"}
 
 
+def solvers(device: str, quick: bool) -> Iterator[Row]:
+    """What the decompositions of batches take, and those of symmetric matrices."""
+    ways = {name: SOLVERS[name] for name in ("default", "gesvd")[: device.startswith("cuda") + 1]}
+    ways |= {"as in the code": _svd, "eigenvectors": torch.linalg.eigh}
+    ways["on the CPU"] = lambda x: [z.to(x.device) for z in torch.linalg.svd(x.cpu())]
+    sizes = ((16, 16), (16, 32), (16, 33), (16, 64), (16, 128), (8, 256), (2, 512), (1, 1024))
+    for b, d in sizes[: 1 if quick else None]:
+        x = torch.randn(b, d, d, device=device, dtype=torch.float64)
+        x = x + x.mT
+        for name, way in ways.items():
+            yield {"case": f"{b} x {d}", "contender": name} | timed(partial(way, x), device)
+
+
 def orthogonality(r: Tensor) -> float:
     """Return the largest deviation from orthogonality of a batch, in units of eps sqrt(D)."""
     d, eps = r.shape[-1], torch.finfo(r.dtype).eps
@@ -157,13 +179,20 @@ def orthogonality(r: Tensor) -> float:
     return deviation.max().item() / eps / math.sqrt(d)
 
 
+def by_reflections(q: Tensor) -> Tensor:
+    """The sign of the determinant: how many reflections a QR decomposition takes."""
+    reflectors, scales = torch.geqrf(q)
+    odd = (reflectors.diagonal(dim1=-2, dim2=-1) < 0).sum(-1) + (scales != 0).sum(-1)
+    return 1 - 2 * (odd % 2).to(q.dtype)
+
+
 def determinant(device: str, quick: bool) -> Iterator[Row]:
     for b, d in (
         ((64, 3), (64, 16))
         if quick
         else (
-            *((64, d) for d in (1, 2, 3, 16, 32, 128)),
-            *((32, 256), (3, 257), (2, 512), (100_000, 3)),
+            *((64, d) for d in (128, 1, 2, 3, 16, 32)),
+            *((2, 512), (100_000, 3), (3, 257), (32, 256)),
         )
     ):
         eye = torch.eye(d, dtype=torch.float64)
@@ -171,7 +200,7 @@ def determinant(device: str, quick: bool) -> Iterator[Row]:
         q = torch.linalg.qr(torch.randn(b, d, d, dtype=torch.float64)).Q
         q = torch.cat((q, torch.stack((eye, -eye, eye.flip(0), first, last, eye.roll(1, 0)))))
         wanted = torch.linalg.det(q).round()
-        ways = {"geqrf, as in the code": _determinant, "det": torch.linalg.det}
+        ways = {"as in the code": _determinant, "geqrf": by_reflections, "det": torch.linalg.det}
         ways["slogdet"] = lambda x: torch.linalg.slogdet(x).sign
         for name, way in ways.items():
             for dtype in (torch.float64, torch.float32):
@@ -283,8 +312,9 @@ def polar(device: str, quick: bool) -> Iterator[Row]:
 
 SECTIONS: dict[str, tuple[Callable[[str, bool], Iterator[Row]], int]] = {  # with their seconds
     "steps": (steps, 15),
-    "values": (values, 12),
-    "determinant": (determinant, 12),
+    "values": (values, 14),
+    "solvers": (solvers, 12),
+    "determinant": (determinant, 14),
     "dense": (dense, 30),
     "polar": (polar, 30),
 }

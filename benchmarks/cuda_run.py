@@ -60,13 +60,13 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, Part]:
     usual = ["-k", options.only or "not inductor", *ignored, "tests"]
     paths = benchmark("cuda_paths.py", "--csv", str(folder / "cuda-paths.csv"))
     found = {
-        "paths": Part(paths, 110, "log.txt"),
+        "paths": Part(paths, 130, "log.txt"),
         "tests": tests(150, "tests.txt", *usual),
     }
-    limits = {"step": 35, "CARE": 45, "NT-Xent": 110, "rotations": 45}
-    sections = {"rotations": ["nearest_orthogonal", "fit_rotation", "few rows"]}
+    limits = {"step": 35, "CARE": 60, "NT-Xent": 100}
+    limits |= {"nearest_orthogonal": 40, "fit_rotation": 30, "few rows": 20}
     for name, limit in limits.items():
-        command = benchmark("cuda.py", "--csv", rows, "--sections", *sections.get(name, [name]))
+        command = benchmark("cuda.py", "--csv", rows, "--sections", name)
         found[name] = Part(command, limit, "log.txt")
     figure = benchmark("cuda.py", "--csv", rows, "--figure", str(folder / "cuda.png"), "--sections")
     found["figure"] = Part(figure, 20, "log.txt")

@@ -11,7 +11,7 @@ r"""Fitting, sampling and measuring orthogonal maps.
 Leading dimensions are free: each index of them is one problem. Everything is computed in float64
 (float32 on Apple's GPUs), and matrices are returned in the dtype of the input, so neither autocast
 nor the TF32 setting changes a result. The singular value decompositions synchronise a GPU with the
-host.
+host, and those beyond 32 x 32 run on the CPU, which is faster.
 
 An item of a batch that contains NaN or an infinity becomes NaN, and does not affect the others.
 
@@ -238,8 +238,8 @@ def rotation_angles(rotation: Tensor) -> Tensor:
     A rotation of SO(D) turns :math:`\lfloor D / 2 \rfloor` orthogonal planes. With the singular
     values of :math:`R - I` and :math:`R + I`, :math:`2 \sin(\theta / 2)` and
     :math:`2 \cos(\theta / 2)`, the angles are accurate to :math:`10 \varepsilon \sqrt D` near 0,
-    near :math:`\pi` and where they repeat. On a GPU they are as accurate as the singular values
-    that its solver returns.
+    near :math:`\pi` and where they repeat. On a GPU, up to D = 32, they are as accurate as the
+    singular values that its solver returns.
 
     Args:
         rotation: Matrices of SO(D), `(*, D, D)`.
@@ -310,8 +310,8 @@ def _angles(r: Tensor) -> Tensor:
     identity = torch.eye(d, dtype=r.dtype, device=r.device)
     # Singular values come in pairs; in odd dimensions the smallest of R - I is alone, and is 0.
     # Not svdvals: without vectors, LAPACK has returned one of a pair with an error of 52 eps.
-    sines = torch.linalg.svd(r - identity).S[..., : d // 2 * 2 : 2]
-    cosines = torch.linalg.svd(r + identity).S.flip(-1)[..., : d // 2 * 2 : 2]
+    sines = _svd(r - identity)[1][..., : d // 2 * 2 : 2]
+    cosines = _svd(r + identity)[1].flip(-1)[..., : d // 2 * 2 : 2]
     return (2 * torch.atan2(sines, cosines)).masked_fill(broken.squeeze(-1), torch.nan)
 
 
@@ -404,7 +404,7 @@ def _with_better_flip(
     aligned = rotation - 2 * last @ first.mT  # without the flip
     # Where dependent rows lack directions, both frames are 0 but for rounding.
     across = frame @ frame.mT @ (frame - aligned.mT @ u.detach())
-    directions, sines, _ = torch.linalg.svd(across, full_matrices=False)
+    directions, sines, _ = _svd(across)
     apart = (sines[..., :1] > 2 * _noise(v, v.shape[-1])) & (values[..., -1:] < -0.5)
     direction = torch.where(apart.unsqueeze(-1), directions[..., :1], first)
     flipped = aligned - 2 * aligned @ direction @ direction.mT
@@ -482,15 +482,28 @@ def _error_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | fl
     of x v_i - s_i u_i say how far the values are from what `x` makes of their vectors. The longest
     counts for all values, so that those taken for 0, or for equal, are always the last ones.
     """
-    if _is_lapack(x.device):
+    if _by_lapack(x):
         return 0.0
     rest = torch.linalg.vector_norm(x @ vh.mT - u * s.unsqueeze(-2), dim=-2)
     error: Tensor = rest.amax(-1, keepdim=True)
     return error
 
 
-def _is_lapack(device: torch.device) -> bool:
-    return device.type == "cpu"
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin decomposition u, s, vh of matrices `(*, N, D)`."""
+    if not _by_lapack(x):
+        return torch.linalg.svd(x, full_matrices=False)  # type: ignore[no-any-return]
+    u, s, vh = torch.linalg.svd(x.cpu(), full_matrices=False)
+    return u.to(x.device), s.to(x.device), vh.to(x.device)
+
+
+def _by_lapack(x: Tensor) -> bool:
+    """Whether LAPACK decomposes these matrices.
+
+    CUDA's solver takes those of up to 32 x 32 as one batch. It takes larger ones one by one, which
+    is slower than LAPACK up to 256 x 256, and misses values by up to 1000 eps (docs/cuda.md).
+    """
+    return x.device.type == "cpu" or (x.is_cuda and max(x.shape[-2:]) > 32)
 
 
 def _polished(factor: Tensor) -> Tensor:
@@ -503,7 +516,7 @@ def _toward_identity(p: Tensor, q: Tensor, null: Tensor) -> tuple[Tensor, Tensor
     block = null.unsqueeze(-1) & null.unsqueeze(-2)
     identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
     # Null directions come last, and so do the singular values of their block: none exceeds 1.
-    a, _, bh = torch.linalg.svd(torch.where(block, p.mT @ q, 2 * identity))
+    a, _, bh = _svd(torch.where(block, p.mT @ q, 2 * identity))
     return p @ torch.where(block, a, identity), q @ torch.where(block, bh.mT, identity)
 
 
@@ -511,9 +524,10 @@ def _best_to_flip_last(p: Tensor, q: Tensor, tied: Tensor) -> tuple[Tensor, Tens
     """Turn tied singular vectors so that flipping the last costs `p @ q.mT` the least trace."""
     block = tied.unsqueeze(-1) & tied.unsqueeze(-2)
     identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-    # Eigenvalues ascend, and tied directions come last: theirs are those >= -1.
+    # The symmetric part has eigenvalues in [-1, 1], which + 2 makes singular values: they descend,
+    # and the tied directions come last, as the others have 4. CUDA's eigh fails for large batches.
     trace = q.mT @ p
-    _, e = torch.linalg.eigh(torch.where(block, -(trace + trace.mT) / 2, -2 * identity))
+    e, _, _ = _svd(torch.where(block, (trace + trace.mT) / 2, 2 * identity) + 2 * identity)
     e = torch.where(block, e, identity)
     return p @ e, q @ e
 
@@ -575,7 +589,7 @@ class _Polar(Function):
         broken = ~x.sum((-2, -1), keepdim=True).isfinite()
         # The transpose lies in memory as LAPACK wants it.
         transposed = x.masked_fill(broken, 0).mT
-        q, s, ph = torch.linalg.svd(transposed, full_matrices=False)
+        q, s, ph = _svd(transposed)
         p, top = ph.mT, s[..., :1]
         unknown = _error_of_solver(transposed, q, s, ph)
         tail = s.flip(-1).cumsum(-1).flip(-1)

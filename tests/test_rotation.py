@@ -467,7 +467,7 @@ SVD = torch.linalg.svd
 @pytest.mark.parametrize("solver", [noisy_values, noisy_decomposition, uneven_values])
 @pytest.mark.parametrize(("n", "d"), [(16, 4), (40, 8), (7, 8), (3, 8), (8, 32)])
 def test_a_solver_that_is_not_lapack_makes_no_fit_wrong(n, d, solver, special, device, monkeypatch):
-    monkeypatch.setattr(rotation, "_is_lapack", lambda _: False)
+    monkeypatch.setattr(rotation, "_by_lapack", lambda _: False)
     monkeypatch.setattr(torch.linalg, "svd", solver)
     x, other = torch.randn(2, 20, n, d, dtype=torch.float64, device=device)
     u, s, vh = SVD(x, full_matrices=False)
@@ -500,7 +500,7 @@ def test_a_solver_that_is_not_lapack_makes_no_fit_wrong(n, d, solver, special, d
 def test_equal_values_that_a_solver_tells_apart_leave_a_rotation(d, solver, device, monkeypatch):
     m = random_orthogonal(d, batch_shape=(20,), dtype=torch.float64, device=device)
     m = torch.cat((m, m * torch.cat((torch.ones(d // 2), torch.zeros(d - d // 2))).to(m)))
-    monkeypatch.setattr(rotation, "_is_lapack", lambda _: False)
+    monkeypatch.setattr(rotation, "_by_lapack", lambda _: False)
     monkeypatch.setattr(torch.linalg, "svd", solver)
     for special in (False, True):
         assert_orthogonal(nearest_orthogonal(m, special=special), special)
