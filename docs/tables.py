@@ -95,6 +95,37 @@ def operations() -> Table:
     )
 
 
+def gpu(section: str, *keys: str, memory: bool = False) -> Table:
+    """The time of each contender on a GPU, and its memory at the peak."""
+
+    def cell(row: Row) -> str:
+        time = duration(float(row["µs"]) / 1000)
+        return f"{time}, {float(row['MB']):,.0f} MB" if memory and row["MB"] else time
+
+    rows = [row for row in results("cuda", section=section) if row["µs"]]
+    return pivot(rows, "contender", cell, *keys)
+
+
+def gpu_contrastive() -> Table:
+    table = gpu("NT-Xent", "N", "D", "embeddings", "products", memory=True)
+    # A contender that keeps bfloat16 has a line of its own, beside that of care_loss.
+    joined: dict[tuple[str, ...], list[str]] = {}
+    kept = ("", "256", "1024", "4096", "32768")
+    for n, d, embeddings, products, *cells in table[1:]:
+        if d in ("128", "2048") and n in kept:
+            name = "TF32" if products == "TF32" else embeddings
+            line = joined.setdefault((n, d, name), [""] * len(cells))
+            line[:] = [new or old for new, old in zip(cells, line, strict=True)]
+    return [["N", "D", "embeddings", *table[0][4:]], *([*key, *joined[key]] for key in joined)]
+
+
+def solvers() -> Table:
+    rows = [row for row in results("cuda-paths", section="solvers") if row["µs"]]
+    rows = [row for row in rows if row["contender"] != "as in the code"]
+    rows = [row | {"matrices": row["case"].replace("x", "of D =")} for row in rows]
+    return pivot(rows, "contender", lambda row: duration(float(row["µs"]) / 1000), "matrices")
+
+
 def processes() -> Table:
     columns = {"W": "W", "N": "N", "loss": "contender", "ms per step": "ms"}
     columns |= {"ratio of time": "ratio", "peak memory, MB": "MB", "received, KB": "KB"}
@@ -396,6 +427,13 @@ TABLES: dict[str, Callable[[], Table]] = {
             "time / lightly's": "ratio",
         },
     ),
+    "gpu-care": partial(gpu, "CARE", "N", "D", "chunks", memory=True),
+    "gpu-contrastive": gpu_contrastive,
+    "gpu-step": lambda: listed(
+        results("cuda", section="step"),
+        {"loss": "contender", "images per second": "images/s", "memory at the peak, MB": "MB"},
+    ),
+    "gpu-solvers": solvers,
     "processes": processes,
     "processes-calculated": calculated,
     "temperatures": partial(temperatures, "precision-cpu"),

@@ -149,7 +149,8 @@ def test_a_whole_step_is_timed_with_each_loss(tmp_path, device):
 
 
 def test_the_run_for_gpus_works_on_a_cpu(tmp_path):
-    parts = ["paths", "tests", "step", "CARE", "NT-Xent", "rotations", "figure"]
+    fits = ["nearest_orthogonal", "fit_rotation", "few rows"]
+    parts = ["paths", "tests", "step", "CARE", "NT-Xent", *fits, "figure"]
     options = ["--device", "cpu", "--quick", "--processes", "1", "--folder", str(tmp_path)]
     options += ["--only", "default_device and slerp"]
     printed = run("cuda_run.py", *options, "--parts", *parts)
