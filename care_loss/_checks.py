@@ -123,6 +123,7 @@ def queue(negatives: Any, z: Tensor) -> None:
 def chunks(value: Any, n: int, device: torch.device) -> int | Tensor:
     """Require a number of chunks, or one integer id for each of `n` rows, and return it."""
     if not isinstance(value, Tensor):
+        not_recorded("a number of chunks", "pass ids, or use torch.export")
         return chunk_count(value)
     fractional = value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
     if fractional or value.shape != (n,):
@@ -437,6 +438,7 @@ def shared(differ_within: bool, differ_across: bool, count: int) -> None:
 
 def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
     """Require rows `(*, N, D)` to fit a rotation to, and a weight `(*, N)` for each or None."""
+    not_recorded("rotations", "use torch.export")
     _floating("source", source)
     _floating("target", target)
     if source.ndim < 2 or source.shape[-2] < 1 or source.shape[-1] < 1:
@@ -519,6 +521,7 @@ def position(name: str, value: Any, x: Tensor, y: Tensor) -> float | Tensor:
 
 def square(**tensors: Any) -> None:
     """Require square matrices `(*, D, D)` of one dtype and device, with one D."""
+    not_recorded("rotations", "use torch.export")
     for name, matrix in tensors.items():
         _floating(name, matrix)
         if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] < 1:
@@ -794,6 +797,15 @@ def circle(rotations: Any, angles: Any) -> None:
             "`angles` must have uniform distances and fill the circle, in radians, got steps from "
             f"{float(steps.min()):.3g} to {float(steps.max()):.3g}: pass "
             f"2 * torch.pi / {len(angles)} * torch.arange({len(angles)})."
+        )
+
+
+def not_recorded(what: str, way_out: str) -> None:
+    """Refuse `torch.jit.trace` where it would keep what depends on sizes or values."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise ValueError(
+            f"{what} must not be recorded by torch.jit.trace, got a trace, which would return "
+            f"wrong numbers for other tensors: {way_out}."
         )
 
 

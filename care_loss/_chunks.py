@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+TRACERS_KNOW = torch.__version__ >= (2, 8)  # type: ignore[operator]  # a TorchVersion
+
 
 def runs(chunks: int, n: int) -> list[tuple[int, int]]:
     """Cut `n >= 2` rows into contiguous chunks with the boundaries of `torch.tensor_split`.
@@ -16,6 +18,39 @@ def runs(chunks: int, n: int) -> list[tuple[int, int]]:
     chunks = min(chunks, n // 2)
     rows, longer = n // chunks, n % chunks
     return [(k, m) for k, m in ((longer, rows + 1), (chunks - longer, rows)) if k]
+
+
+def places(chunks: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row numbers `(k, m)` of k chunks, which of them exist, and the lengths `(k, 1)`.
+
+    These are the chunks of :func:`runs`, all of the length m of the longest. The number of rows may
+    be a symbol of a tracer: all that depends on its value is whether there are rows for all chunks.
+
+    >>> places(2, 5, torch.device("cpu"))[0]
+    tensor([[0, 1, 2],
+            [3, 4, 0]])
+    """
+    count, longest = (chunks, (n + chunks - 1) // chunks) if n >= 2 * chunks else (n // 2, 3)
+    short, longer = n // count, n % count
+    chunk = torch.arange(count, device=device).unsqueeze(-1)
+    place = torch.arange(longest, device=device)
+    lengths = short + (chunk < longer).to(place.dtype)
+    exist = place < lengths
+    rows = chunk * short + chunk.clamp_max(longer) + place
+    return torch.where(exist, rows, 0), exist, lengths
+
+
+def has_free_size(chunks: int, n: int) -> bool:
+    """Whether a tracer records for other numbers of rows than `n` too: its rest is not known.
+
+    Tracers of older versions of torch cannot tell. They record for numbers of the same rest.
+    """
+    tracing = torch.compiler.is_compiling() or isinstance(n, torch.SymInt)
+    if not tracing or not TRACERS_KNOW:
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+    return not known(n % chunks == 0) and not known(n % chunks != 0)
 
 
 def plan(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]] | None:

@@ -18,7 +18,6 @@ composition runs under autocast, the gradient of InfoNCE is rounded to 16 bits l
 other layer.
 """
 
-import math
 from functools import partial
 from typing import Literal, TypeVar, cast
 
@@ -161,6 +160,9 @@ def equivariance_loss(
     _checks.reduction(reduction, chunks)
     z1, z2 = savable(z1, z2)
     mean = reduction == "mean"
+    if not isinstance(chunks, Tensor) and _chunks.has_free_size(chunks, z1.shape[-2]):
+        loss = _gap_of_places(z1, z2, chunks, scale)
+        return loss.mean() if mean else loss
     plan = _chunks.plan(chunks, z1.shape[-2])
     if plan is None:
         loss = _gap_by_id(z1, z2, cast(Tensor, chunks), scale)
@@ -211,7 +213,8 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
         squared_distance = squared_norm + squared_norm.mT - 2 * u @ u.mT
         own = torch.eye(n, dtype=torch.bool, device=z.device)
         exponents = (-t * squared_distance).masked_fill(own, -torch.inf)
-        loss = exponents.logsumexp((-2, -1)) - math.log(n * (n - 1))
+        pairs = (~own).sum().to(u.dtype)  # not of the number n, which a tracer would keep
+        loss = exponents.logsumexp((-2, -1)) - pairs.log()
     return loss.mean().to(computed_in(z))
 
 
@@ -315,6 +318,16 @@ def _gap_of_chunks(
     return loss.mean() if mean else loss
 
 
+def _gap_of_places(z1: Tensor, z2: Tensor, chunks: int, scale: Scale) -> Tensor:
+    rows, exist, lengths = _chunks.places(chunks, z1.shape[-2], z1.device)
+    # A row that does not exist is 0, and so are its products.
+    taken = (z.index_select(-2, rows.flatten()).unflatten(-2, rows.shape) for z in (z1, z2))
+    u, v = (_exact_unit_rows(z.masked_fill(~exist.unsqueeze(-1), 0)) for z in taken)
+    own = rows.unsqueeze(-1) == rows.unsqueeze(-2)  # an eye would make exporters compare strides
+    weight = _pair_weight(lengths.to(u.dtype), scale).squeeze(-1)
+    return (_squared_gap(u, v, own).sum((-2, -1)) * weight).to(computed_in(z1))
+
+
 def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
     """Return the mean loss of the chunks that `ids` `(N,)` name without reading them: `(*)`."""
     ids = ids.to(z1.device, non_blocking=True)
@@ -329,10 +342,11 @@ def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
     return ((_squared_gap(u, v) * weight).sum((-2, -1)) / chunks).to(computed_in(z1))
 
 
-def _squared_gap(u: Tensor, v: Tensor) -> Tensor:
+def _squared_gap(u: Tensor, v: Tensor, own: Tensor | None = None) -> Tensor:
     """Square the differences of Gram matrices off the diagonal, `(*, n, D)` -> `(*, n, n)`."""
-    with without_autocast(u):
+    if own is None:
         own = torch.eye(u.shape[-2], dtype=torch.bool, device=u.device)
+    with without_autocast(u):
         return (u @ u.mT - v @ v.mT).masked_fill(own, 0).square()
 
 

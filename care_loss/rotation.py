@@ -19,7 +19,6 @@ Fits have derivatives of every order in reverse mode, and forward mode over reve
 other way round. Forward mode within forward mode is refused: PyTorch would return zeros.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -464,7 +463,7 @@ def _polar(
     """
     noise = _noise(x, max(rows, *x.shape[-2:]))
     polar = function(_Polar, _ForwardPolar)
-    return polar.apply(x, special, full, zero, max(tie, noise), floor, noise)  # type: ignore[no-any-return]
+    return polar.apply(x, special, full, zero, torch.sym_max(tie, noise), floor, noise)  # type: ignore[no-any-return]
 
 
 def _noise(x: Tensor, size: int) -> float:
@@ -472,7 +471,8 @@ def _noise(x: Tensor, size: int) -> float:
 
     Seen with LAPACK: up to 3.4 eps for D = 2, 4.6 eps for 128 and 10.1 eps for 1024.
     """
-    return (4 + math.sqrt(size)) * torch.finfo(x.dtype).eps
+    root: float = size**0.5  # math.sqrt would take a symbol of a tracer for a number
+    return (4 + root) * torch.finfo(x.dtype).eps
 
 
 def _error_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | float:

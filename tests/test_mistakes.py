@@ -14,7 +14,13 @@ import torch
 from test_errors import assert_refused
 
 from care_loss import RECIPES, CAREloss, EquivarianceLoss, InfoNCELoss
-from care_loss.functional import alignment_loss, equivariance_loss
+from care_loss.functional import (
+    alignment_loss,
+    equivariance_loss,
+    info_nce_loss,
+    uniformity_loss,
+)
+from care_loss.rotation import fit_rotation, nearest_orthogonal
 from care_loss.sphere import normalize, slerp
 from care_loss.views import SharedAugmentCollate, assert_shared, shared_views
 
@@ -228,15 +234,32 @@ def test_ids_in_the_constructor():
         assert_refused(lambda m=module: m(chunks=torch.arange(16) // 4), sentence)
 
 
-def test_ids_in_a_traced_function():
-    def loss(z1, z2, ids):
-        return equivariance_loss(z1, z2, chunks=ids)
-
+def traced(loss, *inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, and warns of shapes
-        traced = torch.jit.trace(loss, (Z, -Z, torch.arange(16) // 4))
-    ids = torch.arange(16) // 8
-    torch.testing.assert_close(traced(Z, Z.square(), ids), loss(Z, Z.square(), ids))
+        return torch.jit.trace(loss, inputs)
+
+
+def test_ids_in_a_traced_function():
+    def loss(z1, z2, ids):
+        gap = equivariance_loss(z1, z2, chunks=ids)
+        return gap + info_nce_loss(z1, z2) + uniformity_loss(z1) + alignment_loss(z1, z2)
+
+    found = traced(loss, Z, -Z, torch.arange(16) // 4)
+    for n in (16, 10):
+        ids, z = torch.arange(n) // 5, Z[:n]
+        torch.testing.assert_close(found(z, z.square(), ids), loss(z, z.square(), ids))
+
+
+def test_a_traced_function_that_would_keep_sizes_or_values():
+    sentence = "must not be recorded by torch.jit.trace, got a trace, which would return wrong"
+    for loss in (
+        lambda x, y: equivariance_loss(x, y, chunks=2),
+        CAREloss(chunks=2, shared_views=True),
+        lambda x, y: fit_rotation(x, y).rotation,
+        lambda x, y: nearest_orthogonal(x.mT @ y),
+    ):
+        assert_refused(lambda f=loss: traced(f, Z, -Z), sentence)
 
 
 # Losses

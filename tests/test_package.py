@@ -185,7 +185,7 @@ def lines_of_code(source):
 
 
 LINES_OF_CODE = {  # at most; what has no entry may have 30
-    "_checks": 720,
+    "_checks": 725,
     "_chunks": 45,
     "_draws": 45,
     "_kernels.gram_gap": 135,

@@ -1,16 +1,20 @@
 """The losses under torch.compile, vmap and the Jacobians of torch.func."""
 
 import shutil
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 from losses import IDS, LOSSES
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
-from care_loss.functional import (
-    info_nce_loss,
-)
+from care_loss._chunks import TRACERS_KNOW
+from care_loss.functional import equivariance_loss, info_nce_loss, uniformity_loss
+from care_loss.rotation import fit_rotation, nearest_orthogonal
 
 BACKENDS = [
     "aot_eager",
@@ -42,6 +46,80 @@ def test_compiles_as_one_graph_forward_and_backward(loss, backend, device, dtype
     z1, z2 = torch.randn(2, 11, 5, device=device).to(dtype)
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     torch.testing.assert_close(value_and_grad(compiled, z1, z2), value_and_grad(loss, z1, z2))
+
+
+free_sizes = pytest.mark.skipif(not TRACERS_KNOW, reason="torch records for some sizes only")
+exported = pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch compares strides")
+
+
+@free_sizes
+@pytest.mark.parametrize("chunks", [1, 3, 8])
+def test_an_int_compiles_into_few_graphs_for_all_sizes(chunks, device):
+    loss = CAREloss(chunks=chunks, shared_views=True)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
+    for n in (16, 16, 14, 15, 13, 16, 2, 3):
+        z1, z2 = torch.randn(2, n, 5, device=device)
+        torch.testing.assert_close(value_and_grad(compiled, z1, z2), value_and_grad(loss, z1, z2))
+    assert backend.frame_count <= 3
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunks", [1, 3, 4])
+def test_chunks_of_any_number_of_rows_are_those_of_eager_mode(chunks, reduction):
+    for n in range(2, 14):
+        z1, z2 = torch.randn(2, 2, n, 5, dtype=torch.float64)
+        loss = partial(equivariance_loss, chunks=chunks, reduction=reduction, scale="authors")
+        expected = value_and_grad(lambda *z, f=loss: f(*z).sin().sum(), z1, z2)
+        with patch("care_loss._chunks.has_free_size", return_value=True):
+            found = value_and_grad(lambda *z, f=loss: f(*z).sin().sum(), z1, z2)
+        torch.testing.assert_close(found, expected)
+
+
+TRACED = {
+    "equivariance": lambda x, y: equivariance_loss(x, y, chunks=3),
+    "info_nce": lambda x, y: info_nce_loss(x, y),
+    "uniformity": lambda x, y: uniformity_loss(x),
+    "fit_rotation": lambda x, y: fit_rotation(x, y, special=True).rotation,
+    "nearest_orthogonal": lambda x, y: nearest_orthogonal(x.mT @ y),
+}
+
+
+class Called(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, y):
+        return self.function(x, y)
+
+
+@exported
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", TRACED)
+def test_export_follows_the_number_of_rows(name, strict):
+    x, y = torch.randn(2, 8, 5)
+    n = torch.export.Dim("n", min=6, max=4096)  # two rows for each chunk, and no few rows to fit
+    sizes = {"x": {0: n}, "y": {0: n}}
+    module = Called(TRACED[name])
+    program = torch.export.export(module, (x, y), dynamic_shapes=sizes, strict=strict).module()
+    for n in (6, 7, 12, 40):
+        x, y = torch.randn(2, n, 5)
+        torch.testing.assert_close(program(x, y), module(x, y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.parametrize("name", TRACED)
+def test_make_fx_records_what_has_derivatives(name, mode):
+    def gradient(x, y):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(TRACED[name](x, y).square().sum(), x)[0]
+
+    x, y = torch.randn(2, 8, 5)
+    recorded = make_fx(gradient, tracing_mode=mode)(x, y)
+    assert not [node for node in recorded.graph.nodes if "out" in node.kwargs]
+    x, y = torch.randn(2, 8, 5)
+    torch.testing.assert_close(recorded(x, y), gradient(x, y), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,17 @@ LONG_CHUNK = 4  # from there on products of the columns, though in float64, take
 def by_hand(*inputs: Input) -> bool:
     """Whether a gradient by hand can serve this call; otherwise the plain composition must."""
     # Compilers fuse the plain composition themselves, and tracers shall record operations.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_proxied():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if torch._C._are_functorch_transforms_active():  # there is no public way to ask
         return False
     tensors = (x for x in inputs if isinstance(x, Tensor))
     return all(forward_ad.unpack_dual(x).tangent is None for x in tensors)
+
+
+def is_proxied() -> bool:
+    """Whether `make_fx` records the operations; its module would take long to import."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def is_batch_of_gradients(gradient: Tensor) -> bool:
