@@ -186,14 +186,14 @@ def lines_of_code(source):
 
 LINES_OF_CODE = {  # at most; what has no entry may have 30
     "_checks": 725,
-    "_chunks": 45,
+    "_chunks": 60,
     "_draws": 45,
     "_kernels.gram_gap": 135,
     "_kernels.info_nce": 245,
     "_kernels.paths": 45,
     "_numerics": 40,
     "distributed": 205,
-    "functional": 145,
+    "functional": 156,
     "metrics.__init__": 40,
     "metrics._frequencies": 50,
     "metrics._measures": 140,
