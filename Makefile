@@ -76,6 +76,7 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/operations.py $(ARGS)
 	$(RUN) benchmarks/precision.py $(ARGS)
 	$(RUN) benchmarks/contrastive.py $(ARGS)
+	$(RUN) benchmarks/threads.py $(ARGS)
 	$(RUN) benchmarks/memory.py $(ARGS)
 	$(RUN) benchmarks/equivariance.py $(ARGS)
 	$(RUN) benchmarks/care.py $(ARGS)

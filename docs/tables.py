@@ -95,6 +95,12 @@ def operations() -> Table:
     )
 
 
+def threads() -> Table:
+    """The ratio of two threads to one in the same conditions."""
+    rows = [row for row in results("threads-cpu") if row["at once"] == "2"]
+    return pivot(rows, "contender", lambda row: f"{float(row['ratio']):.2f}", "N", "load", "policy")
+
+
 def gpu(section: str, *keys: str, memory: bool = False) -> Table:
     """The time of each contender on a GPU, and its memory at the peak."""
 
@@ -427,6 +433,7 @@ TABLES: dict[str, Callable[[], Table]] = {
             "time / lightly's": "ratio",
         },
     ),
+    "threads": threads,
     "gpu-care": partial(gpu, "CARE", "N", "D", "chunks", memory=True),
     "gpu-contrastive": gpu_contrastive,
     "gpu-step": lambda: listed(

@@ -142,6 +142,17 @@ def test_digits_are_counted_beside_rivals(tmp_path, device):
     assert float(found["equivariance", "0.0001", "products of the columns"]["value"]) > 0.1
 
 
+def test_two_threads_are_compared_with_one(tmp_path):
+    path = tmp_path / "threads.csv"
+    run("threads.py", "--quick", "--csv", str(path))
+    rows = read(path)
+    assert {row["policy"] for row in rows} == {"default", "passive"}
+    assert {row["load"] for row in rows} == {"idle", "one core busy"}
+    assert len(rows) == 2 * 2 * 3 * 2
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert all(float(row["ratio"]) == 1 for row in rows if row["at once"] == "1")
+
+
 def test_a_whole_step_is_timed_with_each_loss(tmp_path, device):
     found = contenders_of("step.py", tmp_path, device, "--rounds", "2")
     assert {"lightly", "care_loss, two forwards"} == set(found)

@@ -46,9 +46,17 @@ def is_dense(rows: int, device: torch.device) -> bool:
 
 def tile(device: torch.device) -> tuple[int, int]:
     """Return how many rows and columns InfoNCE takes at a time where it keeps no matrix."""
-    # On a CPU a tile and its weights fit a second-level cache. Elsewhere each operation costs a
-    # launch, which large tiles make up for.
-    return (256, 1024) if device.type == "cpu" else (4096, 8192)
+    # On a CPU a tile and its weights fit a second-level cache. Several threads wait for each other
+    # after each operation, for long where other processes use the cores; on a GPU each operation
+    # costs a launch: large tiles make up for both.
+    if device.type != "cpu":
+        return 4096, 8192
+    return (256, 1024) if torch.get_num_threads() == 1 else (1024, 4096)
+
+
+def reads_values(x: Tensor) -> bool:
+    """Whether the values of a tensor may decide: on a GPU, reading them makes the host wait."""
+    return x.device.type == "cpu"
 
 
 def is_long(n: int, d: int) -> bool:
