@@ -110,7 +110,7 @@ def test_a_host_needs_few_new_lines(page, block):
 
 def test_the_plug_in_for_solo_learn_is_short():
     text = (EXAMPLES / "solo_learn" / "care.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 31
+    assert len(text.splitlines()) <= 33
 
 
 @pytest.mark.parametrize(("page", "block"), blocks("python"))
