@@ -12,8 +12,9 @@ ids that are not read use the plain composition.
 
 Autocast is disabled around matrix products. InfoNCE follows PyTorch's setting of the precision of
 float32 products (TF32, say). The equivariance, uniformity and alignment losses would lose too much
-by this: they are computed in float64, or, for chunks up to four times as long as the embedding
-dimension and float32 products that are not rounded further, in float32. If a backward of the plain
+by this: they are computed in float64, or, on a CPU, for chunks up to four times as long as the
+embedding dimension whose rows do not nearly coincide, and float32 products that are not rounded
+further, in float32. If a backward of the plain
 composition runs under autocast, the gradient of InfoNCE is rounded to 16 bits like that of any
 other layer.
 """

@@ -20,7 +20,7 @@ def step_operations(n, chunks, seed, device):
 
 
 @pytest.mark.parametrize(("n", "chunks"), [(256, 16), (250, 16)])
-def test_a_step_dispatches_the_same_operations_whatever_the_data(n, chunks, device):
+def test_a_step_dispatches_the_same_operations_whatever_the_data(n, chunks, device, as_on_a_gpu):
     first = step_operations(n, chunks, 0, device)
     assert first == step_operations(n, chunks, 1, device)
     assert not SYNCHRONISING & set(first)

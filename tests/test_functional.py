@@ -250,7 +250,7 @@ def test_equivariance_of_patches_is_gram_anchoring(patches, device):
     )
 
 
-def test_the_number_of_images_does_not_change_the_number_of_operations(device):
+def test_the_number_of_images_does_not_change_the_number_of_operations(device, as_on_a_gpu):
     def detached(z1, z2):
         return equivariance_loss(z1, z2.detach())
 
@@ -428,7 +428,7 @@ def test_synchronising_operations_are_seen(device):
 
 
 @every_loss
-def test_no_operation_waits_for_the_device(loss, device):
+def test_no_operation_waits_for_the_device(loss, device, as_on_a_gpu):
     names = operations(loss, 11, 5, device=device)
     assert len(names) > 10
     if loss is not by_ids:  # which are read, on the CPU

@@ -17,6 +17,7 @@ from losses import PLAIN, plain_equivariance, relative_errors, value_and_grad
 from care_loss._kernels import paths
 from care_loss.functional import equivariance_loss, info_nce_loss
 from care_loss.rotation import random_orthogonal
+from care_loss.sphere import normalize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -208,3 +209,39 @@ def test_equivariance_keeps_its_digits_where_products_may_be_rounded(
     errors = relative_errors(found, truth)
     assert errors[0] < 5e-5
     assert errors[1] < 1e-3
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.01, 0.003, 0.001])
+@pytest.mark.parametrize(
+    ("n", "d", "chunks"), [(64, 128, 2), (64, 8, 2), (256, 8, 2), (250, 16, 4), (256, 128, 16)]
+)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_rows_that_nearly_coincide_cost_no_digits(n, d, chunks, spread, precision, device):
+    # As in a network at its start, or one that has collapsed. The errors are compared with what
+    # rounding the inputs to float32 does.
+    def loss(z1, z2):
+        return equivariance_loss(z1, z2, chunks=chunks)
+
+    def plain(z):
+        with patch("care_loss.functional.by_hand", return_value=False):
+            return value_and_grad(loss, *z)
+
+    errors, rounding = [], []
+    before = torch.get_float32_matmul_precision()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        centre = normalize(torch.randn(d, dtype=torch.float64, generator=generator))
+        z = torch.randn(2, n, d, dtype=torch.float64, generator=generator)
+        z = (centre + spread * z / d**0.5).to(device)
+        z[0, 3] = 0  # one view of a sample without activations
+        rounded = z.float()
+        truth = plain(rounded.double())
+        torch.set_float32_matmul_precision(precision)
+        try:
+            errors.append(relative_errors(value_and_grad(loss, *rounded), truth))
+        finally:
+            torch.set_float32_matmul_precision(before)
+        rounding.append(relative_errors(plain(z), truth))
+    eps = torch.finfo(torch.float32).eps
+    for found, allowed in zip(zip(*errors, strict=True), zip(*rounding, strict=True), strict=True):
+        assert max(found) <= 20 * max(allowed) + 20 * eps

@@ -4,10 +4,18 @@ With the unit rows U and V of a chunk `(n, D)` and Δ = U Uᵀ - V Vᵀ without 
 Σ Δ², and its gradients with respect to U and V are 4 Δ U and -4 Δ V.
 
 The direct form computes Δ. For long chunks, the sum over all entries and the products come from
-C = [U, V]ᵀ [U, V], `(2D, 2D)`. With C' for C with its off-diagonal blocks negated, the sum is that
-of the entries of C times those of C', and [Δ U, -Δ V] = [U, V] C'. The sum and the products lose
-digits where the views are close, and are computed in float64. The diagonal of Δ is subtracted: it
-is not 0 where one of two rows is.
+C = [A, B]ᵀ [A, B], `(2D, 2D)`, of the rows A = U - 1 mᵀ and B = V - 1 m'ᵀ without their means. With
+p = A m + |m|²/2, the same p' of V, and r = p - p', it is Δ = A Aᵀ - B Bᵀ + r 1ᵀ + 1 rᵀ, where the
+columns of A and B sum to 0. With C' for C with its off-diagonal blocks negated, and q = n r + Σ r:
+
+    Σ Δ² = Σ C ∘ C' + 2 n Σ r² + 2 (Σ r)²
+    [Δ U, -Δ V] = [A, B] C' + 1 [rᵀ A, -rᵀ B] + q [m, -m']ᵀ
+
+The sums lose digits where the views are close, and are computed in float64. The diagonal of Δ is
+subtracted: it is not 0 where one of two rows is.
+
+Where the rows of a chunk nearly coincide, as in a network at its start, the errors of their lengths
+in float32 are larger than Δ. Then, and where values are not read, all is computed in float64.
 """
 
 import math
@@ -24,11 +32,13 @@ from care_loss._kernels.paths import (
     need_gradient,
     plain_gradients,
     products_are_rounded,
+    reads_values,
 )
 from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, exact, without_autocast
 
 Runs = list[tuple[int, int]]
+COINCIDENCE = 0.77  # the length of the mean of unit rows; 0.6 is its square
 
 
 def gram_gap(
@@ -67,27 +77,30 @@ class _GramGap(Function):
         plain: Plain,
         derive: bool,
     ) -> Tensor:
-        with without_autocast(z1):  # which fails to join float16 on a CPU
-            z = torch.stack((z1, z2))
-        if order is not None:
-            z = z.index_select(-2, order)
-        u, length = unit_rows(z.to(computed_in(z)))
+        dtype = computed_in(z1)
+        u, length = _unit_rows(z1, z2, order, dtype if reads_values(z1) else exact(z1[:0]).dtype)
+        pieces = list(_cut(u, runs))
+        if u.dtype == torch.float32 and reads_values(z1) and any(map(_nearly_coincide, pieces)):
+            u, length = _unit_rows(z1, z2, order, torch.float64)
+            pieces = list(_cut(u, runs))
+        by_columns = dtype != torch.float64
         chunks, leading = sum(k for k, _ in runs), z1.shape[:-2]
         shares = (chunks * leading.numel() or math.nan) if mean else 1
         gaps, gradients = [], []
         for rows, lengths, (k, n), weight in zip(
-            _cut(u, runs), _cut(length, runs), runs, weights, strict=True
+            pieces, _cut(length, runs), runs, weights, strict=True
         ):
             share = weight / shares
-            gap, gradient = _compare(rows, lengths, 4 * share if derive else None)
+            factor = 4 * share if derive else None
+            gap, gradient = _compare(rows, lengths, factor, by_columns=by_columns)
             gaps.append((gap.sum() if mean else gap.sum(-1).view(*leading, k)) * share)
             if gradient is not None:
                 gradients.append(gradient.view(2, *leading, k * n, u.shape[-1]))
         if derive:
-            ctx.save_for_backward(z1, z2, order, _joined(gradients, -2))
+            ctx.save_for_backward(z1, z2, order, _joined(gradients, -2).to(dtype))
             ctx.runs, ctx.plain = runs, plain
         loss = sum(gaps[1:], gaps[0]) if mean else _joined(gaps, -1)
-        return loss.to(u.dtype)
+        return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,7 +127,30 @@ def _cut(x: Tensor, runs: Runs) -> Iterator[Tensor]:
         yield piece.reshape(piece.shape[:-2].numel() * k, n, piece.shape[-1])
 
 
-def _compare(x: Tensor, length: Tensor, factor: float | None) -> tuple[Tensor, Tensor | None]:
+def _unit_rows(
+    z1: Tensor, z2: Tensor, order: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(z1):  # which fails to join float16 on a CPU
+        z = torch.stack((z1, z2))
+    if order is not None:
+        z = z.index_select(-2, order)
+    return unit_rows(z.to(dtype))
+
+
+def _nearly_coincide(u: Tensor) -> bool:
+    """Whether the unit rows of any chunk `(*, n, D)` are so close that rounding counts beside Δ.
+
+    An error of the lengths changes all products of a row alike, by parts of the cosines. The length
+    of the mean of the rows is that of the common part: 1 where they coincide.
+    """
+    if not u.numel():
+        return False
+    return torch.linalg.vector_norm(u.mean(-2), dim=-1).max().item() > COINCIDENCE
+
+
+def _compare(
+    x: Tensor, length: Tensor, factor: float | None, *, by_columns: bool
+) -> tuple[Tensor, Tensor | None]:
     """Compare chunks of unit rows `(2k, n, D)`, those of the second view after those of the first.
 
     Returns parts of the sum Σ Δ² of each chunk, `(k, *)`, and `factor` times the gradient of a
@@ -122,9 +158,9 @@ def _compare(x: Tensor, length: Tensor, factor: float | None) -> tuple[Tensor, T
     """
     n, d = x.shape[-2:]
     with without_autocast(x):
-        if is_long(n, d) and x.dtype != torch.float64:
+        if is_long(n, d) and by_columns:
             return _compare_by_columns(x, length, factor)
-        if not products_are_rounded():
+        if x.dtype == torch.float64 or not products_are_rounded():
             return _compare_directly(x, length, factor)
         gap, gradient = _compare_directly(exact(x), length, factor)
         return gap, None if gradient is None else gradient.to(x.dtype)
@@ -157,19 +193,32 @@ def _compare_by_columns(
     both = x.new_empty(k, n, 2, d, dtype=exact(x[:0]).dtype)
     both.copy_(x.view(2, k, n, d).movedim(0, 2))
     squared = torch.linalg.vector_norm(both, dim=-1).square()
+    mean = both.mean(1, keepdim=True)
+    lengths = mean.square().sum(-1)
+    along_mean = both.new_zeros(k, 2, d, 2)
+    along_mean.diagonal(0, 1, 3).copy_(mean.squeeze(1).mT)
+    both.sub_(mean)
     both = both.view(k, n, 2 * d)
+    p = torch.bmm(both, along_mean.view(k, 2 * d, 2)).add_(lengths, alpha=0.5)
+    r = torch.sub(*p.unbind(-1))
+    total = r.sum(-1, keepdim=True)
     products = torch.bmm(both.mT, both)
     turned = products.clone()
     turned[:, :d, d:].neg_()
     turned[:, d:, :d].neg_()
     own = (squared[..., 0] - squared[..., 1]).square().sum(-1)
-    gap = products.mul_(turned).sum((-2, -1)).sub_(own).unsqueeze(-1)
+    gap = products.mul_(turned).sum((-2, -1), keepdim=True).squeeze(-1)
+    gap += 2 * n * r.square().sum(-1, keepdim=True) + 2 * total.square() - own.unsqueeze(-1)
     gap.clamp_min_(0)  # it is not below 0 but for rounding
     if factor is None:
         return gap, None
     # The diagonal of Δ pulls each row along itself only: it need not be left out.
     gradient = torch.empty_like(x)
-    found = torch.bmm(both, turned.mul_(factor)).view(k, n, 2, d)
+    found = torch.bmm(both, turned)
+    ends = torch.cat((torch.bmm(r.unsqueeze(1), both), mean.view(k, 1, 2 * d)), 1)
+    ends[..., d:].neg_()
+    starts = torch.stack((torch.ones_like(r), n * r + total), -1)
+    found = found.baddbmm_(starts, ends, beta=factor, alpha=factor).view(k, n, 2, d)
     gradient.view(2, k, n, d).copy_(found.movedim(2, 0))
     return gap, gradient_of_rows(gradient, x, length)[0]
 
