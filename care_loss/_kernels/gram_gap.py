@@ -145,7 +145,8 @@ def _nearly_coincide(u: Tensor) -> bool:
     """
     if not u.numel():
         return False
-    return torch.linalg.vector_norm(u.mean(-2), dim=-1).max().item() > COINCIDENCE
+    longest: float = torch.linalg.vector_norm(u.mean(-2), dim=-1).max().item()
+    return longest > COINCIDENCE
 
 
 def _compare(
