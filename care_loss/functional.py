@@ -14,9 +14,8 @@ Autocast is disabled around matrix products. InfoNCE follows PyTorch's setting o
 float32 products (TF32, say). The equivariance, uniformity and alignment losses would lose too much
 by this: they are computed in float64, or, on a CPU, for chunks up to four times as long as the
 embedding dimension whose rows do not nearly coincide, and float32 products that are not rounded
-further, in float32. If a backward of the plain
-composition runs under autocast, the gradient of InfoNCE is rounded to 16 bits like that of any
-other layer.
+further, in float32. If a backward of the plain composition runs under autocast, the gradient of
+InfoNCE is rounded to 16 bits like that of any other layer.
 """
 
 from functools import partial

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from losses import IDS, LOSSES, by_ids, relative_errors, value_and_grad
 from strategies import orthogonal
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from care_loss.functional import (
@@ -471,6 +472,15 @@ def test_no_batch_at_all_has_the_mean_of_nothing(loss, device):
     assert loss(z1, z2).isnan()
     assert info_nce_loss(z1, z2, reduction="none").shape == (0, 2, 11)
     assert equivariance_loss(z1, z2, chunks=3, reduction="none").shape == (0, 3)
+
+
+@every_loss
+def test_fake_tensors_have_the_shape_of_the_loss(loss):
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the ids
+        z1, z2 = torch.randn(2, 11, 5, requires_grad=True)
+        value = loss(z1, z2)
+        assert value.shape == ()
+        assert torch.autograd.grad(value, z1)[0].shape == z1.shape
 
 
 @every_loss
