@@ -362,7 +362,20 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, equal: Tensor) -> tuple[T
     The product `x.mT @ y` is, but for a symmetric factor, a map `u.mT @ v` between two frames of
     orthonormal rows. Of the maps that take u to v, the nearest to the identity goes from the span
     of u to that of v by two reflections, through the subspace h in the middle of the two and
-    through the span of v, and then turns within that span by `o`, which aligns the frames.
+    through the span of v, and then turns within that span by `o`, which aligns the frames:
+
+        R = (1 - 2 hᵀ h) (1 - vᵀ (1 + oᵀ) v)
+
+    ====  ========  =============================================================================
+    f     (N, D)    the polar factor of x: orthonormal rows that span those of x
+    v     (N, D)    the polar factor of x fᵀ y: the frame that the rows of y fit best
+    u     (N, D)    f, without the directions of dependent rows: the frame that R takes to v
+    o     (N, N)    the orthogonal factor of u vᵀ: oᵀ u is as near to v as its span permits
+    h     (N, D)    the polar factor of v + oᵀ u: the frame of the subspace between the two
+    ====  ========  =============================================================================
+
+    With `N >= D - 1` rows the product has at most one direction to spare, and is decomposed as a
+    whole.
     """
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     f, _, _ = _polar(x)
@@ -452,9 +465,16 @@ def _polar(
 
     Without `full` it is a partial isometry: 0 where the matrix is 0. With it (`N = D`) it is
     orthogonal, the nearest to the identity where singular values are 0, and of determinant 1 where
-    `special`. Trailing singular values count as 0 where their sum is at most `zero` times the
-    largest, or where they are rounding noise or at most `floor`; as equal where they differ by at
-    most `tie` times the largest.
+    `special`. Which singular values s_i count as 0 or as equal, with the largest s_1:
+
+    ========  ===================================  ==============================================
+    `noise`   s_i <= noise s_1 is 0                always: what rounding makes of a 0
+    `floor`   s_i <= floor is 0 (an absolute       by fits: their rows have the size 1, and what
+              size)                                is far smaller is rounding of the rows
+    `zero`    s_i + ... + s_N <= zero s_1 is 0     by `nearest_orthogonal`: a sum that is lost in
+                                                   the rounding of the objective
+    `tie`     s_i - s_N <= tie s_1 is equal        by both: 8 eps of the dtype of the result
+    ========  ===================================  ==============================================
 
     Returns:
         The factor `(*, N, D)`, the eigenvectors `(*, N, N)` of `x @ factor.mT`, and its eigenvalues
