@@ -7,20 +7,20 @@ every step.
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def embeddings(*, leading: bool = True, rows: int = 2, **tensors: Any) -> None:
+def check_embeddings(*, leading: bool = True, rows: int = 2, **tensors: Any) -> None:
     """Require floating point tensors of one shape, one dtype and one device.
 
     The shape is `(*, N, D)`, as the functions take it, or `(N, D)`, as the modules do.
     """
     for name, z in tensors.items():
-        _floating(name, z)
+        check_floating(name, z)
     (name, first), *others = tensors.items()
     ndim_is_right = first.ndim >= 2 if leading else first.ndim == 2
     if not ndim_is_right or first.shape[-2] < rows or first.shape[-1] < 1:
@@ -33,102 +33,40 @@ def embeddings(*, leading: bool = True, rows: int = 2, **tensors: Any) -> None:
     for other_name, other in others:
         if first.shape != other.shape:
             raise ValueError(
-                f"`{name}` and `{other_name}` must have the same shape, got {_kind(first)} and "
-                f"{_kind(other)}: pass the embeddings of the same samples, from the same encoder."
+                f"`{name}` and `{other_name}` must have the same shape, got {show(first)} and "
+                f"{show(other)}: pass the embeddings of the same samples, from the same encoder."
             )
         _same_dtype_and_device(name, first, other_name, other)
 
 
-def rows(x: Any) -> None:
+def check_rows(x: Any) -> None:
     """Require a tensor of rows."""
     if not isinstance(x, Tensor) or not x.ndim:
         raise ValueError(
-            f"`x` must have shape (N, ...), got {_kind(x)}: gather a single value as x[None]."
+            f"`x` must have shape (N, ...), got {show(x)}: gather a single value as x[None]."
         )
 
 
-def rows_of_processes(name: str, shapes: Sequence[tuple[int, int, torch.dtype]]) -> None:
-    """Require that rows have one number of dimensions and of values, and one dtype, everywhere."""
-    different = next((rank for rank, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if different is not None:
-        described = [
-            f"{ndim - 1}-dimensional rows of {values} values of {dtype} on process {rank}"
-            for rank, (ndim, values, dtype) in ((0, shapes[0]), (different, shapes[different]))
-        ]
-        raise ValueError(
-            f"`{name}` must have rows of one shape and dtype on all processes, got "
-            f"{' and '.join(described)}: use the same encoder and the same precision on all. Only "
-            "the number of rows may differ."
-        )
-
-
-def one_temperature(temperatures: Sequence[float]) -> None:
-    """Require that all processes have the same temperature, in float32."""
-    first = temperatures[0]
-    for rank, other in enumerate(temperatures):
-        if other != first and not (math.isnan(other) and math.isnan(first)):
-            raise ValueError(
-                f"`temperature` must be the same on all processes, got {first:.6g} on process 0 "
-                f"and {other:.6g} on process {rank}: a learned one belongs to the module that "
-                "DistributedDataParallel wraps."
-            )
-
-
-def on_another_process(rank: int, sentence: str, own: Exception | None) -> None:
-    """Raise on all processes what one of them has refused."""
-    kind = type(own) if own else ValueError
-    raise kind(f"on process {rank}: {sentence}") from own
-
-
-def no_transform(active: bool) -> None:
-    """Require a call outside of the transforms of torch.func, which cannot communicate."""
-    if active:
-        raise NotImplementedError(
-            "rows of several processes must be gathered outside of torch.func transforms, got a "
-            "call under one (grad, vmap, jvp): use torch.autograd.grad."
-        )
-
-
-def member(rank: int, global_rank: int) -> None:
-    """Require that this process belongs to a group, in which it has a rank."""
-    if rank < 0:
-        raise ValueError(
-            "`process_group` must contain this process, got a group without process "
-            f"{global_rank}: call the function only on the processes of the group."
-        )
-
-
-def different_seeds(states: Sequence[int]) -> None:
-    """Require that no two processes have a random generator in one state."""
-    for rank, state in enumerate(states):
-        if (first := states.index(state)) < rank:
-            raise ValueError(
-                "processes must draw different random numbers, got the same state of the generator "
-                f"of torch on processes {first} and {rank}: call torch.manual_seed(seed + rank) on "
-                "each."
-            )
-
-
-def queue(negatives: Any, z: Tensor) -> None:
+def check_queue(negatives: Any, z: Tensor) -> None:
     """Require negatives of shape `(K, D)` beside embeddings `z` of shape `(*, N, D)`."""
-    _floating("negatives", negatives)
+    check_floating("negatives", negatives)
     if negatives.ndim != 2 or not len(negatives) or negatives.shape[1] != z.shape[-1]:
         raise ValueError(
             f"`negatives` must have shape (K, {z.shape[-1]}) with K >= 1, the embedding dimension "
-            f"of `z1`, got {_kind(negatives)}: store one negative per row."
+            f"of `z1`, got {show(negatives)}: store one negative per row."
         )
     _on_device("negatives", negatives, z.device)
 
 
-def chunks(value: Any, n: int, device: torch.device) -> int | Tensor:
+def as_chunks(value: Any, n: int, device: torch.device) -> int | Tensor:
     """Require a number of chunks, or one integer id for each of `n` rows, and return it."""
     if not isinstance(value, Tensor):
-        not_recorded("a number of chunks", "pass ids, or use torch.export")
-        return chunk_count(value)
+        check_not_recorded("a number of chunks", "pass ids, or use torch.export")
+        return as_chunk_count(value)
     fractional = value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
     if fractional or value.shape != (n,):
         raise ValueError(
-            f"`chunks` given as ids must be integers of shape ({n},), got {_kind(value)}: pass one "
+            f"`chunks` given as ids must be integers of shape ({n},), got {show(value)}: pass one "
             "id for each row, or an int for that many contiguous chunks."
         )
     if value.device.type != "cpu":  # where ids can be read at no cost
@@ -136,23 +74,23 @@ def chunks(value: Any, n: int, device: torch.device) -> int | Tensor:
     return value
 
 
-def chunk_count(value: Any) -> int:
+def as_chunk_count(value: Any) -> int:
     """Require a number of chunks, and return it as an int."""
     if _is_int(value) and value >= 1:
         return value if type(value) is int else int(value)
     array = hasattr(value, "__array__") and not isinstance(value, Tensor) and not _is_int(value)
     if array or isinstance(value, (list, tuple)):
         raise TypeError(
-            f"`chunks` given as ids must be a torch.Tensor, got {_kind(value)}: convert the ids "
+            f"`chunks` given as ids must be a torch.Tensor, got {show(value)}: convert the ids "
             "with torch.as_tensor(), and pass them in the call, with their batch."
         )
     raise ValueError(
-        f"`chunks` must be an int >= 1, got {_kind(value)}: pass the number of chunks to cut a "
+        f"`chunks` must be an int >= 1, got {show(value)}: pass the number of chunks to cut a "
         "batch into. Ids of rows are a tensor, and belong in the call, with their batch."
     )
 
 
-def chunks_of_call(value: Any, default: int | None) -> Any:
+def as_chunks_of_call(value: Any, default: int | None) -> Any:
     """Require chunks in a call or in the constructor, and return those of the call if given."""
     if value is None and default is None:
         raise ValueError(
@@ -162,7 +100,7 @@ def chunks_of_call(value: Any, default: int | None) -> Any:
     return default if value is None else value
 
 
-def pairs(chunks: Sequence[Any]) -> None:
+def check_pairs(chunks: Sequence[Any]) -> None:
     """Require that ids name at least one chunk of two rows or more."""
     if not chunks:
         raise ValueError(
@@ -171,7 +109,7 @@ def pairs(chunks: Sequence[Any]) -> None:
         )
 
 
-def reduction(value: Any, chunks: Any = None) -> None:
+def check_reduction(value: Any, chunks: Any = None) -> None:
     """Require `"mean"` or `"none"`, and `"mean"` where the chunks are ids."""
     _choice("reduction", value, ("mean", "none"))
     if value == "none" and isinstance(chunks, Tensor):
@@ -181,12 +119,12 @@ def reduction(value: Any, chunks: Any = None) -> None:
         )
 
 
-def scale(value: Any) -> None:
+def check_scale(value: Any) -> None:
     """Require `"mean"` or `"authors"`."""
     _choice("scale", value, ("mean", "authors"))
 
 
-def default_weight(scale: str) -> None:
+def check_default_weight(scale: str) -> None:
     """Require the scale that the default weight is meant for."""
     if scale != "mean":
         raise ValueError(
@@ -195,17 +133,17 @@ def default_weight(scale: str) -> None:
         )
 
 
-def temperature(value: Any, device: torch.device) -> float | Tensor:
+def as_temperature(value: Any, device: torch.device) -> float | Tensor:
     """Require a temperature > 0, a number or a tensor without dimensions, and return it.
 
     Where the value of a tensor is not read, one that is not above 0 becomes NaN.
     """
     if not isinstance(value, Tensor):
-        return number("temperature", value)
+        return as_number("temperature", value)
     if value.ndim or not value.is_floating_point():
         raise ValueError(
             f"`temperature` must be a number or a floating point tensor of shape (), got "
-            f"{_kind(value)}: one temperature serves all rows."
+            f"{show(value)}: one temperature serves all rows."
         )
     if value.device.type != "cpu":  # a single number may stay there
         _on_device("temperature", value, device)
@@ -220,32 +158,32 @@ def temperature(value: Any, device: torch.device) -> float | Tensor:
     return value
 
 
-def number(name: str, value: Any, *, or_zero: bool = False) -> float:
+def as_number(name: str, value: Any, *, or_zero: bool = False) -> float:
     """Require a finite number > 0, or >= 0, and return it as a Python number."""
     if not _is_real(value) or not (0 < value < math.inf or (or_zero and value == 0)):
         raise ValueError(
-            f"`{name}` must be a finite number {'>=' if or_zero else '>'} 0, got {_kind(value)}: "
+            f"`{name}` must be a finite number {'>=' if or_zero else '>'} 0, got {show(value)}: "
             "pass a Python number in that range."
         )
     return value if type(value) is float else float(value)
 
 
-def boolean(name: str, value: Any) -> bool:
+def as_boolean(name: str, value: Any) -> bool:
     """Require True or False, and return it as a Python bool."""
     if type(value).__name__ not in ("bool", "bool_"):  # of Python or of NumPy
         raise TypeError(
-            f"`{name}` must be True or False, got {_kind(value)}: pass a bool, in a YAML file true "
+            f"`{name}` must be True or False, got {show(value)}: pass a bool, in a YAML file true "
             "or false without quotes."
         )
     return bool(value)
 
 
-def base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool) -> None:
+def check_base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool) -> None:
     """Require a callable base loss beside which nothing is set that only InfoNCE uses, or None."""
     if value is None:
         return
     if not callable(value) or isinstance(value, type):
-        kind = f"the class {value.__name__}" if isinstance(value, type) else _kind(value)
+        kind = f"the class {value.__name__}" if isinstance(value, type) else show(value)
         raise TypeError(
             "`base_loss` must be an instance of a loss module or another callable (z1, z2) -> "
             f"scalar, got {kind}: create the module first, as in base_loss=Loss()."
@@ -263,22 +201,22 @@ def base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool
         )
 
 
-def scalar(value: Any) -> Tensor:
+def as_scalar(value: Any) -> Tensor:
     """Require that a base loss returned a tensor without dimensions, and return it."""
     if not isinstance(value, Tensor) or value.ndim:
         raise ValueError(
-            f"`base_loss` must return a scalar tensor, got {_kind(value)}: "
+            f"`base_loss` must return a scalar tensor, got {show(value)}: "
             "reduce it inside the callable, for example with .mean()."
         )
     return value
 
 
-def equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
+def check_equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
     """Require both equivariant views, or neither where the ordinary views are chunk-shared."""
     is_view = isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex())
     if first is not None and second is None and not is_view:
         raise TypeError(
-            f"`chunks` must be passed by keyword, got {_kind(first)} as third positional argument: "
+            f"`chunks` must be passed by keyword, got {show(first)} as third positional argument: "
             "write loss(z1, z2, chunks=chunks)."
         )
     if (first is None) != (second is None):
@@ -302,145 +240,11 @@ def equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
         )
 
 
-def images(value: Any) -> None:
-    """Require a batch of at least two images in one tensor."""
-    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) < 2:
-        raise ValueError(
-            f"`images` must be a tensor of shape (N, ...) with N >= 2, got {_kind(value)}: stack "
-            "the images with torch.stack(), or use SharedAugmentCollate for single images."
-        )
-
-
-def samples(batch: Any) -> None:
-    """Require samples (image, label, ...), enough of them to be cut into chunks."""
-    for sample in batch:
-        if not isinstance(sample, (tuple, list)) or len(sample) < 2:
-            raise ValueError(
-                f"a dataset must yield tuples (image, label, ...), got {_kind(sample)}: if there "
-                "are no labels, yield (image, 0)."
-            )
-    if len({len(sample) for sample in batch}) > 1:
-        raise ValueError(
-            "the samples of a batch must have equally many parts, got "
-            f"{sorted({len(sample) for sample in batch})}: yield the same parts for every image."
-        )
-    if len(batch) < 2:
-        raise ValueError(
-            f"a batch must contain at least 2 samples, got {len(batch)}: an augmentation is shared "
-            "by at least two images. Set drop_last=True in the DataLoader."
-        )
-
-
-def transforms(name: str, value: Any) -> tuple[Any, Any]:
-    """Require a transform or a pair of them, and return the pair."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(map(callable, pair)):
-        raise TypeError(
-            f"`{name}` must be a callable that maps one image to a tensor, or a pair of such, got "
-            f"{_kind(value)}: compose several steps with torchvision.transforms.Compose."
-        )
-    return pair
-
-
-def view(value: Any, image: Any) -> Tensor:
-    """Require that a transform of one image returned a tensor, and return it."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"`transform` must map an image to a tensor, got {_kind(value)}: end it with a "
-            "conversion such as ToTensor(), and if it returns several views, choose one of them."
-        )
-    if isinstance(image, Tensor) and image.ndim == 3 and value.ndim == 4 and len(value) == 1:
-        raise ValueError(
-            f"`transform` must map an image {tuple(image.shape)} to a view of as many dimensions, "
-            f"got {tuple(value.shape)}: it returned a batch of one. With kornia, set keepdim=True."
-        )
-    return value
-
-
-def views(value: Any, n: int) -> Tensor:
-    """Require that a transform of `n` stacked images returned as many, and return them."""
-    if not isinstance(value, Tensor) or not value.ndim or len(value) != n:
-        raise ValueError(
-            f"`transform` must map a tensor of {n} images to a tensor of {n} images, got "
-            f"{_kind(value)}: for a transform of single images use SharedAugmentCollate, and "
-            "assert_shared with batched=False."
-        )
-    return value
-
-
-def one_size(views: list[Tensor]) -> None:
-    """Require that single views have one size."""
-    sizes = sorted({tuple(view.shape) for view in views})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"`transform` must return views of one size, got sizes {sizes[0]} and {sizes[1]}: end "
-            "it with a resize or a crop to a fixed size."
-        )
-
-
-def separate(views: list[Tensor]) -> None:
-    """Require that the outputs of a transform do not lie in the same memory."""
-    places = [view.data_ptr() for view in views if view.numel() and not view.is_meta]
-    if len(set(places)) < len(places):
-        raise ValueError(
-            "`transform` must return a new tensor at every call, got one that it returned before: "
-            "its earlier values are lost. Return a copy, with .clone()."
-        )
-
-
-def same_draws(same: bool, first: Any, other: Any) -> None:
-    """Require that two images of a chunk made a transform draw the same random numbers."""
-    if not same:
-        raise ValueError(
-            "`transform` must draw the same random numbers for all images of a chunk, got "
-            f"different states of the random generators after images of size {_size(first)} and "
-            f"{_size(other)}: what it drew last was not shared. Bring the images to one size and "
-            "mode first, for example with Resize and CenterCrop in the dataset's transform."
-        )
-
-
-def images_to_try(images: list[Any], batched: bool) -> None:
-    """Require images, and tensors for transforms that take stacked images."""
-    if not images:
-        raise ValueError("`image` must be an image or a list of images, got []: pass at least one.")
-    for image in images:
-        if batched and not isinstance(image, Tensor):
-            raise TypeError(
-                f"`image` must be a torch.Tensor, got {_kind(image)}: convert it to a tensor, or "
-                "pass batched=False if the transform takes single images."
-            )
-
-
-def finite(broken: int, count: int) -> None:
-    """Require that no view of a transform is broken."""
-    if broken:
-        raise ValueError(
-            f"`transform` must return finite values, got NaN or infinity in {broken} of {count} "
-            "views: check the range of values that it expects."
-        )
-
-
-def shared(differ_within: bool, differ_across: bool, count: int) -> None:
-    """Require that the images of a chunk shared each augmentation, and that views differed."""
-    if differ_within:
-        raise ValueError(
-            "`transform` must draw one augmentation for all images of a chunk, got different views "
-            "of copies of one image: use torchvision.transforms.v2 or kornia with "
-            "same_on_batch=True for tensors of images; for single images draw from the generators "
-            "of torch, NumPy or random, or seed another from random.getrandbits(32) in every call."
-        )
-    if not differ_across:
-        raise ValueError(
-            f"`transform` must draw a new augmentation for each view, got {count} equal views: use "
-            "a random transform, and an image that it changes."
-        )
-
-
-def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
+def check_rows_to_fit(source: Any, target: Any, weights: Any) -> None:
     """Require rows `(*, N, D)` to fit a rotation to, and a weight `(*, N)` for each or None."""
-    not_recorded("rotations", "use torch.export")
-    _floating("source", source)
-    _floating("target", target)
+    check_not_recorded("rotations", "use torch.export")
+    check_floating("source", source)
+    check_floating("target", target)
     if source.ndim < 2 or source.shape[-2] < 1 or source.shape[-1] < 1:
         raise ValueError(
             "`source` must have shape (*, N, D) with N >= 1 and D >= 1, got "
@@ -457,9 +261,9 @@ def rows_to_fit(source: Any, target: Any, weights: Any) -> None:
     _row_weights(weights, "source", source, "source` and `target", leading)
 
 
-def points_to_average(x: Any, weights: Any) -> None:
+def check_points_to_average(x: Any, weights: Any) -> None:
     """Require points `(*, N, D)`, and a weight `(*, N)` for each or None."""
-    _floating("x", x)
+    check_floating("x", x)
     if x.ndim < 2 or x.shape[-2] < 1 or x.shape[-1] < 1:
         raise ValueError(
             f"`x` must have shape (*, N, D) with N >= 1 and D >= 1, got {tuple(x.shape)}: pass "
@@ -468,10 +272,10 @@ def points_to_average(x: Any, weights: Any) -> None:
     _row_weights(weights, "x", x, "x", x.shape[:-2])
 
 
-def vectors(**tensors: Any) -> None:
+def check_vectors(**tensors: Any) -> None:
     """Require vectors `(*, D)` of one D, one dtype and one device, with shapes that broadcast."""
     for name, x in tensors.items():
-        _floating(name, x)
+        check_floating(name, x)
         if not x.ndim or x.shape[-1] < 1:
             raise ValueError(
                 f"`{name}` must have shape (*, D) with D >= 1, got {tuple(x.shape)}: the last "
@@ -491,7 +295,7 @@ def vectors(**tensors: Any) -> None:
         names += f"` and `{other_name}"
 
 
-def unit(**tensors: Tensor) -> None:
+def check_unit(**tensors: Tensor) -> None:
     """Require unit vectors, or zero vectors, where their lengths can be read."""
     for name, x in tensors.items():
         length = _read(x, _length_farthest_from_1)
@@ -502,10 +306,10 @@ def unit(**tensors: Tensor) -> None:
             )
 
 
-def position(name: str, value: Any, x: Tensor, y: Tensor) -> float | Tensor:
+def as_position(name: str, value: Any, x: Tensor, y: Tensor) -> float | Tensor:
     """Require a finite number or a tensor that broadcasts with `x` and `y`, and return it."""
     if isinstance(value, Tensor):
-        _floating(name, value)
+        check_floating(name, value)
         if value.ndim or value.device.type != "cpu":  # a single number may stay there
             _on_device(name, value, x.device, "the points")
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
@@ -514,16 +318,16 @@ def position(name: str, value: Any, x: Tensor, y: Tensor) -> float | Tensor:
     if not _is_real(value) or not abs(value) < math.inf:
         raise TypeError(
             f"`{name}` must be a finite number or a torch.Tensor of a floating point dtype, got "
-            f"{_kind(value)}: convert it with torch.as_tensor() or float()."
+            f"{show(value)}: convert it with torch.as_tensor() or float()."
         )
     return value if type(value) is float else float(value)
 
 
-def square(**tensors: Any) -> None:
+def check_square(**tensors: Any) -> None:
     """Require square matrices `(*, D, D)` of one dtype and device, with one D."""
-    not_recorded("rotations", "use torch.export")
+    check_not_recorded("rotations", "use torch.export")
     for name, matrix in tensors.items():
-        _floating(name, matrix)
+        check_floating(name, matrix)
         if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] < 1:
             raise ValueError(
                 f"`{name}` must have shape (*, D, D) with D >= 1, got {tuple(matrix.shape)}: pass "
@@ -540,10 +344,10 @@ def square(**tensors: Any) -> None:
         _broadcastable(name, first.shape[:-2], other_name, other.shape[:-2])
 
 
-def sample(dim: Any, batch_shape: Any, generator: Any, dtype: Any) -> None:
+def check_sample(dim: Any, batch_shape: Any, generator: Any, dtype: Any) -> None:
     """Require a dimension >= 1, sizes >= 0, a generator or None, and a floating point dtype."""
     if not _is_int(dim) or dim < 1:
-        raise ValueError(f"`dim` must be an int >= 1, got {_kind(dim)}: pass the dimension D.")
+        raise ValueError(f"`dim` must be an int >= 1, got {show(dim)}: pass the dimension D.")
     is_shape = isinstance(batch_shape, (tuple, list))
     if not is_shape or not all(_is_int(size) and size >= 0 for size in batch_shape):
         raise ValueError(
@@ -552,7 +356,7 @@ def sample(dim: Any, batch_shape: Any, generator: Any, dtype: Any) -> None:
         )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
-            f"`generator` must be a torch.Generator or None, got {_kind(generator)}: pass "
+            f"`generator` must be a torch.Generator or None, got {show(generator)}: pass "
             "torch.Generator(device).manual_seed(seed)."
         )
     if not isinstance(dtype, torch.dtype) or not _is_floating(dtype):
@@ -561,10 +365,10 @@ def sample(dim: Any, batch_shape: Any, generator: Any, dtype: Any) -> None:
         )
 
 
-def transformed(rows: int, **tensors: Any) -> None:
+def check_transformed(rows: int, **tensors: Any) -> None:
     """Require embeddings `(*, N, D)` of the same N >= `rows` images, which broadcast."""
     for name, z in tensors.items():
-        _floating(name, z)
+        check_floating(name, z)
     (name, first), *others = tensors.items()
     names, leading = name, first.shape[:-2]
     if first.ndim < 2 or first.shape[-2] < rows or first.shape[-1] < 1:
@@ -585,196 +389,17 @@ def transformed(rows: int, **tensors: Any) -> None:
         names += f"` and `{other_name}"
 
 
-def encoder(value: Any) -> None:
-    """Require a callable encoder."""
-    if not callable(value) or isinstance(value, type):
-        raise TypeError(
-            f"`encoder` must be a callable that maps images to embeddings, got {_kind(value)}: "
-            "pass a module or a function."
-        )
-
-
-def transformations(value: Any) -> None:
-    """Require a mapping of names to transforms."""
-    if not isinstance(value, Mapping) or not value:
-        raise TypeError(
-            "`transformations` must be a mapping of names to transforms, with at least one, got "
-            f"{_kind(value)}: pass {{'hue': transform}}."
-        )
-    for name, transform in value.items():
-        if not isinstance(name, str) or not callable(transform) or isinstance(transform, type):
-            raise TypeError(
-                "`transformations` must map names to callables of images (n, ...), got "
-                f"{name!r}: {_kind(transform)}; create the transform first, as in "
-                "{'flip': RandomHorizontalFlip()}."
-            )
-
-
-def count(name: str, value: Any, least: int) -> int:
+def check_count(name: str, value: Any, least: int) -> int:
     """Require an int of at least `least`, and return it."""
     if not _is_int(value) or value < least:
-        raise ValueError(f"`{name}` must be an int >= {least}, got {_kind(value)}.")
+        raise ValueError(f"`{name}` must be an int >= {least}, got {show(value)}.")
     return int(value)
 
 
-def loader(value: Any, is_loader: bool) -> None:
-    """Require a DataLoader where the images are not a tensor."""
-    if not is_loader:
-        raise TypeError(
-            "`images` must be a tensor (N, ...) or a torch.utils.data.DataLoader, got "
-            f"{_kind(value)}: stack the images with torch.stack()."
-        )
-
-
-def batch(value: Any) -> Tensor:
-    """Require a batch of images, alone or first in a tuple, and return the images."""
-    images = value[0] if isinstance(value, (tuple, list)) and value else value
-    if not isinstance(images, Tensor) or not images.ndim:
-        raise TypeError(
-            "a batch must be a tensor of images (n, ...), or a tuple that starts with one, got "
-            f"{_kind(value)}: let the dataset yield image or (image, label)."
-        )
-    return images
-
-
-def images_to_report(first: Any) -> Tensor:
-    """Require a first batch of at least one image, and return the images."""
-    images = None if first is None else batch(first)
-    if images is None or images.ndim < 2 or not len(images):
-        raise ValueError(
-            f"`images` must contain images, (N, ...) with N >= 4, got {_kind(images)}: stack the "
-            "images with torch.stack()."
-        )
-    return images
-
-
-def enough_images(n: int) -> None:
-    """Require four images, two in each half."""
-    if n < 4:
-        raise ValueError(
-            f"`images` must contain at least 4 images, got {n}: rotations are fitted to one half "
-            "and scored on the other. Pass at least twice as many images as the embedding has "
-            "dimensions."
-        )
-
-
-def failed(name: str, error: Exception) -> None:
-    """Name the transformation that raised an error, unless the error is one of ours."""
-    if f"transformations[{name!r}]" not in str(error):
-        raise ValueError(
-            f"transformations[{name!r}] must map a tensor of images (n, ...) to such a tensor, for "
-            f"any n and with one size, got {type(error).__name__}: {error}. Transforms of single "
-            "images can be wrapped in a function that stacks what they return."
-        ) from error
-
-
-def transformed_images(name: str, value: Any, images: Tensor) -> Tensor:
-    """Require that a transformation returned as many images of the same dtype, and return them."""
-    n = len(images)
-    if not isinstance(value, Tensor) or not value.ndim or len(value) != n:
-        raise ValueError(
-            f"transformations[{name!r}] must map a tensor of {n} images to a tensor of {n} images, "
-            f"got {_kind(value)}: return one transformed image for each."
-        )
-    if value.dtype != images.dtype:
-        raise ValueError(
-            f"transformations[{name!r}] must keep the dtype of the images, {images.dtype}, got "
-            f"{value.dtype}: convert and normalise in the encoder, or beforehand, because the "
-            "clean images are embedded as they are."
-        )
-    return value
-
-
-def finite_images(name: str, view: Tensor) -> None:
-    """Require finite images."""
-    if view.is_floating_point() and not bool(view.isfinite().all()):
-        raise ValueError(
-            f"transformations[{name!r}] must return finite images, got NaN or infinity: check the "
-            "range of values that it expects, and the images themselves."
-        )
-
-
-def repeatable(name: str, differ_within: bool, differ_again: bool, differ_alone: bool) -> None:
-    """Require that a transformation shared its draw, and drew it from generators that are seeded.
-
-    The draw has to be the same a second time, and for a single image.
-    """
-    if differ_again:
-        raise ValueError(
-            f"transformations[{name!r}] must draw from the generators of torch, NumPy or random, "
-            "got different images for one state of these: seed its own generator from "
-            "random.getrandbits(32) in every call."
-        )
-    if differ_within:
-        raise ValueError(
-            f"transformations[{name!r}] must draw one augmentation for all images of a call, got "
-            "different views of copies of one image: use torchvision.transforms.v2, or kornia with "
-            "same_on_batch=True. The unshared control is made by the report."
-        )
-    if differ_alone:
-        raise ValueError(
-            f"transformations[{name!r}] must draw the same for any number of images, got another "
-            "view for one image than for several: draw the parameters of the augmentation first, "
-            "with a shape that does not depend on the batch."
-        )
-
-
-def alone(z: Tensor, halves: Tensor) -> None:
-    """Require that images have the same embeddings in one batch and in two."""
-    difference = float(torch.linalg.vector_norm(z - halves))
-    if not difference <= 0.02 * float(torch.linalg.vector_norm(z)):
-        raise ValueError(
-            "`encoder` must embed an image the same way in every batch, got other embeddings for "
-            "the same images in two halves: batch normalisation and dropout must be in eval mode. "
-            "Pass the module itself, or call its .eval() before."
-        )
-
-
-def encoder_outputs(value: Any, n: int, name: str | None) -> dict[str, Tensor]:
-    """Require finite embeddings of `n` images, or features and projections, and name them."""
-    where = "the clean images" if name is None else f"transformation {name!r}"
-    pair = isinstance(value, (tuple, list)) and len(value) == 2
-    outputs = dict(zip(("features", "projections"), value, strict=True)) if pair else None
-    for z in (outputs or {"": value}).values():
-        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != n or not z.shape[1]:
-            raise ValueError(
-                f"`encoder` must map {n} images to embeddings ({n}, D), or to a pair of features "
-                f"and projections, got {_kind(z)} for {where}: use .flatten(1), or a function that "
-                "picks one output of the model."
-            )
-        _floating("encoder(images)", z)
-        broken = int((~z.isfinite().all(1)).sum())
-        if broken:
-            raise ValueError(
-                f"`encoder` must return finite embeddings, got NaN or infinity for {broken} of {n} "
-                f"images of a batch for {where}: check the weights, and the range of values that "
-                "the encoder and the transformation expect."
-            )
-    return outputs or {"embeddings": value}
-
-
-def can_show_progress(progress: bool | None, installed: bool) -> None:
-    """Require tqdm where a progress bar is asked for."""
-    if progress and not installed:
-        raise ValueError(
-            "`progress` must be False or None where tqdm is not installed, got True: install tqdm."
-        )
-
-
-def found(rows: Sequence[Any], every: Sequence[Any], asked: tuple[Any, Any, Any]) -> None:
-    """Require that a report has the row that is asked for."""
-    if not rows:
-        keys = sorted({(r.transformation, r.output, r.against) for r in every})
-        raise KeyError(
-            f"the transformation, output and comparison must be those of a row, got {asked}: the "
-            f"report has {keys}."
-        )
-
-
-def circle(rotations: Any, angles: Any) -> None:
+def check_circle(rotations: Any, angles: Any) -> None:
     """Require orthogonal matrices `(T, D, D)` with T >= 2, at angles `(T,)` of uniform distance."""
-    square(rotations=rotations)
-    _floating("angles", angles)
+    check_square(rotations=rotations)
+    check_floating("angles", angles)
     if rotations.ndim != 3 or len(rotations) < 2 or angles.shape != rotations.shape[:1]:
         raise ValueError(
             "`rotations` and `angles` must have shapes (T, D, D) and (T,) with T >= 2, got "
@@ -800,7 +425,7 @@ def circle(rotations: Any, angles: Any) -> None:
         )
 
 
-def not_recorded(what: str, way_out: str) -> None:
+def check_not_recorded(what: str, way_out: str) -> None:
     """Refuse `torch.jit.trace` where it would keep what depends on sizes or values."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise ValueError(
@@ -809,7 +434,7 @@ def not_recorded(what: str, way_out: str) -> None:
         )
 
 
-def forward_mode_once() -> None:
+def check_forward_mode_once() -> None:
     """Refuse forward mode within forward mode, for which PyTorch would return zeros."""
     try:
         from torch._C._functorch import TransformType
@@ -824,20 +449,20 @@ def forward_mode_once() -> None:
         )
 
 
-def _floating(name: str, value: Any) -> None:
+def check_floating(name: str, value: Any) -> None:
     if isinstance(value, (tuple, dict)):
         raise TypeError(
-            f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: pick "
+            f"`{name}` must be a torch.Tensor of a floating point dtype, got {show(value)}: pick "
             "one output of the model."
         )
     if isinstance(value, Tensor) and value.is_complex():
         raise TypeError(
-            f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: pass "
+            f"`{name}` must be a torch.Tensor of a floating point dtype, got {show(value)}: pass "
             "the real and the imaginary part as two entries, with torch.view_as_real()."
         )
     if not isinstance(value, Tensor) or not _is_floating(value.dtype):
         raise TypeError(
-            f"`{name}` must be a torch.Tensor of a floating point dtype, got {_kind(value)}: "
+            f"`{name}` must be a torch.Tensor of a floating point dtype, got {show(value)}: "
             "convert it with torch.as_tensor() or .float()."
         )
 
@@ -861,8 +486,8 @@ def _same_dtype_and_device(name: str, first: Tensor, other_name: str, other: Ten
     for what in ("dtype", "device"):
         if getattr(first, what) != getattr(other, what):
             raise ValueError(
-                f"`{name}` and `{other_name}` must have the same {what}, got {_kind(first)} and "
-                f"{_kind(other)}: convert one of them with .to()."
+                f"`{name}` and `{other_name}` must have the same {what}, got {show(first)} and "
+                f"{show(other)}: convert one of them with .to()."
             )
 
 
@@ -880,7 +505,7 @@ def _row_weights(weights: Any, name: str, rows: Tensor, names: str, leading: Any
     """Require a weight >= 0 for each of the rows `(*, N, D)`, or None."""
     if weights is None:
         return
-    _floating("weights", weights)
+    check_floating("weights", weights)
     if not weights.ndim or weights.shape[-1] != rows.shape[-2]:
         raise ValueError(
             f"`weights` must have shape (*, {rows.shape[-2]}), got {tuple(weights.shape)}: pass "
@@ -931,14 +556,7 @@ def _choice(name: str, value: Any, options: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be {words}, got {value!r}: choose one of them.")
 
 
-def _size(image: Any) -> Any:
-    """Return what an image calls its size: a tensor its shape, a PIL image width and height."""
-    size = getattr(image, "shape", getattr(image, "size", "unknown"))
-    mode = getattr(image, "mode", "")  # of a PIL image
-    return f"{tuple(size) if isinstance(size, torch.Size) else size} {mode}".strip()
-
-
-def _kind(value: Any) -> str:
+def show(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, (int, float, str)):

@@ -8,7 +8,7 @@ waits for another.
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,7 @@ def all_gather(x: Tensor, *, process_group: "dist.ProcessGroup | None" = None) -
         torch.Size([2, 3])
     """
     if not _several(process_group):
-        _checks.rows(x)
+        _checks.check_rows(x)
         return x
     gathered: Tensor = _eager(_gather_rows)(x, process_group)
     return gathered
@@ -134,9 +134,9 @@ def _checked_info_nce_loss(
     def check() -> Input:
         """Check all arguments, and return the temperature."""
         also()
-        _checks.embeddings(leading=False, rows=1, z1=z1, z2=z2)
-        _checks.reduction(reduction)
-        return _checks.temperature(temperature, z1.device)
+        _checks.check_embeddings(leading=False, rows=1, z1=z1, z2=z2)
+        _checks.check_reduction(reduction)
+        return _checks.as_temperature(temperature, z1.device)
 
     if not _several(process_group):
         return functional.info_nce_loss(z1, z2, temperature=check(), reduction=reduction)
@@ -164,14 +164,14 @@ def assert_seeds_differ(*, process_group: "dist.ProcessGroup | None" = None) -> 
     if not _several(process_group):
         return
     state = zlib.crc32(bytes(torch.get_rng_state().tolist()))
-    _checks.different_seeds(_exchanged([state], torch.int64, process_group).flatten().tolist())
+    _check_different_seeds(_exchanged([state], torch.int64, process_group).flatten().tolist())
 
 
 def _several(group: Any) -> bool:
     """Whether there are other processes, this one being one of the group."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    _checks.member(dist.get_rank(group), dist.get_rank())
+    _check_member(dist.get_rank(group), dist.get_rank())
     return dist.get_world_size(group) > 1
 
 
@@ -195,7 +195,7 @@ def _agreed(name: str, x: Any, check: Callable[[], Input], group: Any) -> tuple[
     Returns the temperature, and how many rows each process has. What one process refuses, in
     `check`, is an error on all, and none waits for one that has failed.
     """
-    _checks.no_transform(torch._C._are_functorch_transforms_active())
+    _check_no_transform(torch._C._are_functorch_transforms_active())
     refused, own = None, [-1, 0, 0, 0]
     temperature: Input = 0.0
     try:
@@ -214,10 +214,10 @@ def _agreed(name: str, x: Any, check: Callable[[], Input], group: Any) -> tuple[
         sentence = str(refused or "").encode()[:_LONGEST].ljust(_LONGEST)
         sentences = _exchanged(list(sentence), torch.uint8, group).tolist()
         told = bytes(sentences[broken[0]]).decode(errors="ignore").strip()
-        _checks.on_another_process(broken[0], told, refused)
-    _checks.rows_of_processes(name, [(*row[1:3], _DTYPES[row[3] >> 32]) for row in found])
+        _raise_of_another_process(broken[0], told, refused)
+    _check_rows_of_processes(name, [(*row[1:3], _DTYPES[row[3] >> 32]) for row in found])
     every = [struct.pack("<I", row[3] & 0xFFFFFFFF) for row in found]
-    _checks.one_temperature([struct.unpack("<f", bits)[0] for bits in every])
+    _check_one_temperature([struct.unpack("<f", bits)[0] for bits in every])
     return temperature, [row[0] for row in found]
 
 
@@ -254,7 +254,7 @@ def _own(sizes: list[int], group: Any) -> slice:
 def _gather_rows(x: Tensor, group: Any) -> Tensor:
     def check() -> Input:
         """Check the rows, which have no temperature."""
-        _checks.rows(x)
+        _checks.check_rows(x)
         return 0.0
 
     _, sizes = _agreed("x", x, check, group)
@@ -351,3 +351,65 @@ class _InfoNCE(Function):
         by_row = gradient_among(u, ctx.own, temperature, total, share, weights)
         rows = gradient_of_rows(by_row, u[ctx.own], length)
         return *gradients_of_inputs(ctx, inputs, *rows), *nothing
+
+
+def _check_rows_of_processes(name: str, shapes: Sequence[tuple[int, int, torch.dtype]]) -> None:
+    """Require that rows have one number of dimensions and of values, and one dtype, everywhere."""
+    different = next((rank for rank, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if different is not None:
+        described = [
+            f"{ndim - 1}-dimensional rows of {values} values of {dtype} on process {rank}"
+            for rank, (ndim, values, dtype) in ((0, shapes[0]), (different, shapes[different]))
+        ]
+        raise ValueError(
+            f"`{name}` must have rows of one shape and dtype on all processes, got "
+            f"{' and '.join(described)}: use the same encoder and the same precision on all. Only "
+            "the number of rows may differ."
+        )
+
+
+def _check_one_temperature(temperatures: Sequence[float]) -> None:
+    """Require that all processes have the same temperature, in float32."""
+    first = temperatures[0]
+    for rank, other in enumerate(temperatures):
+        if other != first and not (math.isnan(other) and math.isnan(first)):
+            raise ValueError(
+                f"`temperature` must be the same on all processes, got {first:.6g} on process 0 "
+                f"and {other:.6g} on process {rank}: a learned one belongs to the module that "
+                "DistributedDataParallel wraps."
+            )
+
+
+def _raise_of_another_process(rank: int, sentence: str, own: Exception | None) -> None:
+    """Raise on all processes what one of them has refused."""
+    kind = type(own) if own else ValueError
+    raise kind(f"on process {rank}: {sentence}") from own
+
+
+def _check_no_transform(active: bool) -> None:
+    """Require a call outside of the transforms of torch.func, which cannot communicate."""
+    if active:
+        raise NotImplementedError(
+            "rows of several processes must be gathered outside of torch.func transforms, got a "
+            "call under one (grad, vmap, jvp): use torch.autograd.grad."
+        )
+
+
+def _check_member(rank: int, global_rank: int) -> None:
+    """Require that this process belongs to a group, in which it has a rank."""
+    if rank < 0:
+        raise ValueError(
+            "`process_group` must contain this process, got a group without process "
+            f"{global_rank}: call the function only on the processes of the group."
+        )
+
+
+def _check_different_seeds(states: Sequence[int]) -> None:
+    """Require that no two processes have a random generator in one state."""
+    for rank, state in enumerate(states):
+        if (first := states.index(state)) < rank:
+            raise ValueError(
+                "processes must draw different random numbers, got the same state of the generator "
+                f"of torch on processes {first} and {rank}: call torch.manual_seed(seed + rank) on "
+                "each."
+            )

@@ -86,15 +86,15 @@ def info_nce_loss(
         equation 1. He et al., Momentum Contrast for Unsupervised Visual Representation Learning,
         2020, equation 1.
     """
-    _checks.embeddings(z1=z1, z2=z2)
-    temperature = _checks.temperature(temperature, z1.device)
-    _checks.reduction(reduction)
+    _checks.check_embeddings(z1=z1, z2=z2)
+    temperature = _checks.as_temperature(temperature, z1.device)
+    _checks.check_reduction(reduction)
     z1, z2 = savable(z1, z2)
     if isinstance(temperature, Tensor):
         (temperature,) = savable(temperature)
     mean = reduction == "mean"
     if negatives is not None:
-        _checks.queue(negatives, z1)
+        _checks.check_queue(negatives, z1)
         return _info_nce_of_queue(z1, z2, temperature, negatives, mean)
     plain = partial(_info_nce, mean=mean)
     if by_hand(z1, z2, temperature):
@@ -154,10 +154,10 @@ def equivariance_loss(
         Gupta et al., Structuring Representation Geometry with Rotationally Equivariant Contrastive
         Learning, ICLR 2024, equation 3 and appendix E.
     """
-    _checks.embeddings(z1=z1, z2=z2)
-    chunks = _checks.chunks(chunks, z1.shape[-2], z1.device)
-    _checks.scale(scale)
-    _checks.reduction(reduction, chunks)
+    _checks.check_embeddings(z1=z1, z2=z2)
+    chunks = _checks.as_chunks(chunks, z1.shape[-2], z1.device)
+    _checks.check_scale(scale)
+    _checks.check_reduction(reduction, chunks)
     z1, z2 = savable(z1, z2)
     mean = reduction == "mean"
     if not isinstance(chunks, Tensor) and _chunks.has_free_size(chunks, z1.shape[-2]):
@@ -168,7 +168,7 @@ def equivariance_loss(
         loss = _gap_by_id(z1, z2, cast(Tensor, chunks), scale)
         return loss.mean() if mean else loss
     order, runs = plan
-    _checks.pairs(runs)
+    _checks.check_pairs(runs)
     if order is not None:
         order = order.to(z1.device, non_blocking=True)
     weights = [_pair_weight(n, scale) for _, n in runs]
@@ -204,8 +204,8 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
         Wang and Isola, Understanding Contrastive Representation Learning through Alignment and
         Uniformity on the Hypersphere, ICML 2020, section 4.1.
     """
-    _checks.embeddings(z=z)
-    t = _checks.number("t", t)
+    _checks.check_embeddings(z=z)
+    t = _checks.as_number("t", t)
     u = _exact_unit_rows(z)
     n = z.shape[-2]
     with without_autocast(z):
@@ -244,8 +244,8 @@ def alignment_loss(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     References:
         Wang and Isola, 2020, section 4.1, as for :func:`uniformity_loss`.
     """
-    _checks.embeddings(z1=z1, z2=z2)
-    alpha = _checks.number("alpha", alpha)
+    _checks.check_embeddings(z1=z1, z2=z2)
+    alpha = _checks.as_number("alpha", alpha)
     # Where rows nearly coincide, rounding unit rows to float32 would be the larger part.
     distance = (_exact_unit_rows(z1) - _exact_unit_rows(z2)).square().sum(-1)
     if alpha != 2:

@@ -46,10 +46,10 @@ class InfoNCELoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature = _checks.number("temperature", temperature)
-        _checks.reduction(reduction)
+        self.temperature = _checks.as_number("temperature", temperature)
+        _checks.check_reduction(reduction)
         self.reduction: Reduction = reduction
-        self.gather_distributed = _checks.boolean("gather_distributed", gather_distributed)
+        self.gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Return the loss of two views `(N, D)`: `()`, or `(2, N)` with `reduction="none"`."""
@@ -84,9 +84,9 @@ class EquivarianceLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _checks.scale(scale)
-        _checks.reduction(reduction)
-        self.chunks = None if chunks is None else _checks.chunk_count(chunks)
+        _checks.check_scale(scale)
+        _checks.check_reduction(reduction)
+        self.chunks = None if chunks is None else _checks.as_chunk_count(chunks)
         self.scale: Scale = scale
         self.reduction: Reduction = reduction
 
@@ -96,8 +96,8 @@ class EquivarianceLoss(nn.Module):
         `chunks`, an int or ids `(N,)`, takes the place of the constructor's for this batch: pass
         what the views returned.
         """
-        _checks.embeddings(leading=False, z1=z1, z2=z2)
-        chunks = _checks.chunks_of_call(chunks, self.chunks)
+        _checks.check_embeddings(leading=False, z1=z1, z2=z2)
+        chunks = _checks.as_chunks_of_call(chunks, self.chunks)
         return equivariance_loss(z1, z2, chunks=chunks, scale=self.scale, reduction=self.reduction)
 
     def extra_repr(self) -> str:
@@ -191,18 +191,18 @@ class CAREloss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        temperature = _checks.number("temperature", temperature)
-        gather_distributed = _checks.boolean("gather_distributed", gather_distributed)
-        _checks.scale(scale)
-        _checks.base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
+        temperature = _checks.as_number("temperature", temperature)
+        gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
+        _checks.check_scale(scale)
+        _checks.check_base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
         if equivariance_weight is _WEIGHT:  # the object: a 10.0 that somebody gives is another
-            _checks.default_weight(scale)
+            _checks.check_default_weight(scale)
         self.temperature = temperature
-        self.equivariance_weight = _checks.number(
+        self.equivariance_weight = _checks.as_number(
             "equivariance_weight", equivariance_weight, or_zero=True
         )
-        self.chunks = None if chunks is None else _checks.chunk_count(chunks)
-        self.shared_views = _checks.boolean("shared_views", shared_views)
+        self.chunks = None if chunks is None else _checks.as_chunk_count(chunks)
+        self.shared_views = _checks.as_boolean("shared_views", shared_views)
         self.scale: Scale = scale
         self.base_loss = base_loss
         self.gather_distributed = gather_distributed
@@ -248,10 +248,10 @@ class CAREloss(nn.Module):
                 z1, z2, self.temperature, "mean", self.gather_distributed, also=arguments
             )
         else:
-            base = _checks.scalar(self.base_loss(z1, z2))
+            base = _checks.as_scalar(self.base_loss(z1, z2))
         first, second, chunks = pair or arguments()
         equivariance = equivariance_loss(first, second, chunks=chunks, scale=self.scale)
-        weight = _checks.number("equivariance_weight", self.equivariance_weight, or_zero=True)
+        weight = _checks.as_number("equivariance_weight", self.equivariance_weight, or_zero=True)
         loss = base + weight * equivariance
         return CARELossComponents(loss, base, equivariance)
 
@@ -264,16 +264,18 @@ class CAREloss(nn.Module):
         chunks: int | Tensor | None,
     ) -> tuple[Tensor, Tensor, int | Tensor]:
         """Check what the equivariance loss is given, and return it."""
-        _checks.equivariant_pair(equivariant1, equivariant2, self.shared_views)
-        chunks = _checks.chunks_of_call(chunks, self.chunks)
+        _checks.check_equivariant_pair(equivariant1, equivariant2, self.shared_views)
+        chunks = _checks.as_chunks_of_call(chunks, self.chunks)
         if equivariant1 is None or equivariant2 is None:
-            _checks.embeddings(leading=False, z1=z1, z2=z2)
+            _checks.check_embeddings(leading=False, z1=z1, z2=z2)
             equivariant1, equivariant2 = z1, z2
         else:
-            _checks.embeddings(leading=False, equivariant1=equivariant1, equivariant2=equivariant2)
-        chunks = _checks.chunks(chunks, len(equivariant1), equivariant1.device)
+            _checks.check_embeddings(
+                leading=False, equivariant1=equivariant1, equivariant2=equivariant2
+            )
+        chunks = _checks.as_chunks(chunks, len(equivariant1), equivariant1.device)
         if self.gather_distributed and (plan := _chunks.plan(chunks, len(equivariant1))):
-            _checks.pairs(plan[1])
+            _checks.check_pairs(plan[1])
         return equivariant1, equivariant2, chunks
 
     def extra_repr(self) -> str:
@@ -295,7 +297,7 @@ def _info_nce(
 ) -> Tensor:
     if gather_distributed:
         return distributed._checked_info_nce_loss(z1, z2, temperature, reduction, None, also)
-    _checks.embeddings(leading=False, z1=z1, z2=z2)
+    _checks.check_embeddings(leading=False, z1=z1, z2=z2)
     return info_nce_loss(z1, z2, temperature=temperature, reduction=reduction)
 
 

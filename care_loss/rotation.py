@@ -104,7 +104,7 @@ def fit_rotation(
         Schönemann, A generalized solution of the orthogonal Procrustes problem, Psychometrika,
         1966. Kabsch, A solution for the best rotation to relate two sets of vectors, 1976.
     """
-    _checks.rows_to_fit(source, target, weights)
+    _checks.check_rows_to_fit(source, target, weights)
     source, target = savable(source, target)
     x, y = exact(source), exact(target)
     if weights is None:
@@ -179,7 +179,7 @@ def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
     References:
         Higham, Computing the polar decomposition, SIAM J. Sci. Stat. Comput., 1986.
     """
-    _checks.square(matrix=matrix)
+    _checks.check_square(matrix=matrix)
     x = exact(matrix)
     x = x / _or_1(x.detach().abs().amax((-2, -1), keepdim=True))
     eps = torch.finfo(computed_in(matrix)).eps
@@ -221,7 +221,7 @@ def random_orthogonal(
         Mezzadri, How to generate random matrices from the classical compact groups, 2007.
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    _checks.sample(dim, batch_shape, generator, dtype)
+    _checks.check_sample(dim, batch_shape, generator, dtype)
     q: Tensor
     q, r = torch.linalg.qr(normal((*batch_shape, dim, dim), generator, device))
     # R with a positive diagonal makes Q unique, and so as uniform as the Gaussian matrix.
@@ -255,7 +255,7 @@ def rotation_angles(rotation: Tensor) -> Tensor:
         >>> rotation_angles(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
         tensor([1.5708])
     """
-    _checks.square(rotation=rotation)
+    _checks.check_square(rotation=rotation)
     r = _orthogonal_or_nan(rotation)
     reflection = (_determinant(r) < 0).unsqueeze(-1)
     return _angles(r).masked_fill(reflection, torch.nan).to(rotation.dtype)
@@ -286,7 +286,7 @@ def rotation_distance(rotation1: Tensor, rotation2: Tensor) -> Tensor:
         >>> rotation_distance(torch.eye(3), half_turn)
         tensor(3.1416)
     """
-    _checks.square(rotation1=rotation1, rotation2=rotation2)
+    _checks.check_square(rotation1=rotation1, rotation2=rotation2)
     r = _orthogonal_or_nan(rotation1).mT @ _orthogonal_or_nan(rotation2)
     distance: Tensor = torch.linalg.vector_norm(_angles(r), dim=-1)
     differ = (_determinant(r) < 0) & ~distance.isnan()
@@ -665,7 +665,7 @@ class _Polar(Function):
 class _ForwardPolar(_Polar):
     @staticmethod
     def jvp(ctx: Any, step: Tensor, *_: Any) -> Any:
-        _checks.forward_mode_once()
+        _checks.check_forward_mode_once()
         return _Polar.backward(ctx, step)[0], None, None
 
 

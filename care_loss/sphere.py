@@ -53,7 +53,7 @@ def normalize(x: Tensor) -> Tensor:
                 [0.0000, 0.0000],
                 [0.6000, 0.8000]])
     """
-    _checks.vectors(x=x)
+    _checks.check_vectors(x=x)
     y = x.to(computed_in(x))
     y = y / largest_entries(y)
     # Only zero rows are below 1, so the clamp changes nothing else. A sum of squares has second
@@ -94,8 +94,8 @@ def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         Kahan, How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?, 2006,
         section 12.
     """
-    _checks.vectors(x=x, y=y)
-    _checks.unit(x=x, y=y)
+    _checks.check_vectors(x=x, y=y)
+    _checks.check_unit(x=x, y=y)
     x, y = savable(x, y)
     dtype = computed_in(x)
     angle_of = function(_Angle, _ForwardAngle)
@@ -132,9 +132,9 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     References:
         Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985.
     """
-    _checks.vectors(x=x, y=y)
-    _checks.unit(x=x, y=y)
-    t = _checks.position("t", t, x, y)
+    _checks.check_vectors(x=x, y=y)
+    _checks.check_unit(x=x, y=y)
+    t = _checks.as_position("t", t, x, y)
     x, y = savable(x, y)
     dtype = computed_in(x)
     middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
@@ -167,8 +167,8 @@ def expmap(x: Tensor, v: Tensor) -> Tensor:
         >>> expmap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, torch.pi / 2])).round(decimals=6)
         tensor([-0.,  1.])
     """
-    _checks.vectors(x=x, v=v)
-    _checks.unit(x=x)
+    _checks.check_vectors(x=x, v=v)
+    _checks.check_unit(x=x)
     x, v = savable(x, v)
     dtype = computed_in(x)
     step = v.to(dtype)
@@ -194,8 +194,8 @@ def logmap(x: Tensor, y: Tensor) -> Tensor:
         >>> logmap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).round(decimals=4)
         tensor([0.0000, 1.5708])
     """
-    _checks.vectors(x=x, y=y)
-    _checks.unit(x=x, y=y)
+    _checks.check_vectors(x=x, y=y)
+    _checks.check_unit(x=x, y=y)
     x, y = savable(x, y)
     dtype = computed_in(x)
     middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
@@ -222,8 +222,8 @@ def tangent_projection(x: Tensor, v: Tensor) -> Tensor:
         >>> tangent_projection(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 3.0]))
         tensor([0., 3.])
     """
-    _checks.vectors(x=x, v=v)
-    _checks.unit(x=x)
+    _checks.check_vectors(x=x, v=v)
+    _checks.check_unit(x=x)
     x, v = savable(x, v)
     return _without(x.to(computed_in(x)), v.to(computed_in(x))).to(x.dtype)
 
@@ -250,8 +250,8 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         >>> parallel_transport(x, y, torch.tensor([0.0, 2.0])).round(decimals=6)
         tensor([-2., 0.])
     """
-    _checks.vectors(x=x, y=y, v=v)
-    _checks.unit(x=x, y=y)
+    _checks.check_vectors(x=x, y=y, v=v)
+    _checks.check_unit(x=x, y=y)
     x, y, v = savable(x, y, v)
     dtype = computed_in(x)
     middle, _, _ = _axes(x.to(dtype), y.to(dtype))
@@ -294,7 +294,7 @@ def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         Buss and Fillmore, Spherical averages and applications to spherical splines and
         interpolation, ACM Transactions on Graphics, 2001.
     """
-    _checks.points_to_average(x, weights)
+    _checks.check_points_to_average(x, weights)
     points = exact(x.detach())
     if weights is None:
         w = points.new_ones(points.shape[-2])
@@ -352,7 +352,7 @@ def random_uniform(
         Muller, A note on a method for generating points uniformly on n-dimensional spheres, 1959.
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    _checks.sample(dim, batch_shape, generator, dtype)
+    _checks.check_sample(dim, batch_shape, generator, dtype)
     return normalize(normal((*batch_shape, dim), generator, device)).to(dtype)
 
 
@@ -473,7 +473,7 @@ class _ForwardAngle(_Angle):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dy: Tensor) -> Any:
-        _checks.forward_mode_once()
+        _checks.check_forward_mode_once()
         at_x, at_y = _Angle.backward(ctx, torch.ones_like(dx[..., 0]))
         return (at_x * dx + at_y * dy).sum(-1)
 

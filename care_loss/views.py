@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from care_loss import _checks, _chunks, _draws
+from care_loss import _checks, _chunks, _draws, _view_checks
 
 # Any, though it returns a tensor: jsonargparse takes a class here for one to be instantiated, and
 # expects a subclass of what the callable returns.
@@ -88,17 +88,17 @@ def augment_chunks(
         >>> torch.equal(view[0], view[2]), torch.equal(view[2], view[3])
         (True, False)
     """
-    _checks.images(images)
-    chunks = _checks.chunks(chunks, len(images), images.device)
+    _view_checks.check_images(images)
+    chunks = _checks.as_chunks(chunks, len(images), images.device)
     members = [
         rows.to(images.device, non_blocking=True) for rows in _chunks.members(chunks, len(images))
     ]
-    _checks.pairs([rows for rows in members if len(rows) > 1])
-    if _checks.boolean("check", check):
+    _checks.check_pairs([rows for rows in members if len(rows) > 1])
+    if _checks.as_boolean("check", check):
         _check_once(transform, images, max(map(len, members)))
-    outputs = [_checks.views(transform(images[rows]), len(rows)) for rows in members]
-    _checks.separate(outputs)
-    _checks.one_size([output[0] for output in outputs])
+    outputs = [_view_checks.as_views(transform(images[rows]), len(rows)) for rows in members]
+    _view_checks.check_separate(outputs)
+    _view_checks.check_one_size([output[0] for output in outputs])
     view, order = torch.cat(outputs), torch.cat(members)
     if isinstance(chunks, Tensor):
         return AugmentedChunks(view[order.argsort().to(view.device)], chunks)
@@ -202,9 +202,11 @@ class SharedAugmentCollate:
         chunks: int,
         ordinary: Transform | tuple[Transform, Transform] | None = None,
     ) -> None:
-        self.chunks = _checks.chunk_count(chunks)
-        self.transforms = _checks.transforms("transform", transform)
-        self.ordinary = None if ordinary is None else _checks.transforms("ordinary", ordinary)
+        self.chunks = _checks.as_chunk_count(chunks)
+        self.transforms = _view_checks.as_transforms("transform", transform)
+        self.ordinary = (
+            None if ordinary is None else _view_checks.as_transforms("ordinary", ordinary)
+        )
 
     def __call__(self, batch: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
         """Collate samples `(image, label)` into `(views, labels)`.
@@ -215,12 +217,12 @@ class SharedAugmentCollate:
         The views are in the order of the loss's arguments: the two ordinary ones if `ordinary` was
         given, the two shared ones, and the number of chunks.
         """
-        _checks.samples(batch)
+        _view_checks.check_samples(batch)
         images, *others = zip(*batch, strict=True)
         views = []
         if self.ordinary is not None:
             for transform in self.ordinary:
-                outputs = [_checks.view(transform(_copy(image)), image) for image in images]
+                outputs = [_view_checks.as_view(transform(_copy(image)), image) for image in images]
                 views.append(_stack(outputs))
         members = _chunks.members(self.chunks, len(images))
         for transform, seeds in zip(self.transforms, _seeds(2, len(members)), strict=True):
@@ -258,9 +260,9 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
         ...
         ValueError: `transform` must draw one augmentation for all images of a chunk, got ...
     """
-    batched = _checks.boolean("batched", batched)
+    batched = _checks.as_boolean("batched", batched)
     images = image if isinstance(image, list) else [image]
-    _checks.images_to_try(images, batched)
+    _view_checks.check_images_to_try(images, batched)
     if not batched and len(images) > 1:
         for seed in _seeds(16):
             _replay(transform, images, seed)
@@ -271,11 +273,13 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
         ):
             views.append(_copies(transform, one, batched))
         copies = [copy for view in views for copy in view]
-        _checks.finite(sum(not bool(copy.isfinite().all()) for copy in copies), len(copies))
-        _checks.one_size(copies)
+        _view_checks.check_finite(
+            sum(not bool(copy.isfinite().all()) for copy in copies), len(copies)
+        )
+        _view_checks.check_one_size(copies)
         within = any(_draws.differ(copy, view[0]) for view in views for copy in view[1:])
         across = any(_draws.differ(view[0], views[0][0]) for view in views[1:])
-        _checks.shared(within, across, len(views))
+        _view_checks.check_shared(within, across, len(views))
 
 
 _CHECKED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # transforms, with their methods
@@ -290,10 +294,10 @@ def _check_once(transform: Callable[[Tensor], Tensor], images: Tensor, n: int) -
     image = images[(values.amax(-1) - values.amin(-1)).argmax()]  # a constant one may hide it
     with _draws.kept(images.device):
         for _ in range(math.ceil((COPIES - 1) / (n - 1))):
-            copies = _checks.views(transform(torch.stack([image] * n)), n)
+            copies = _view_checks.as_views(transform(torch.stack([image] * n)), n)
             finite = bool(copies.isfinite().all())  # what is not is the encoder's to find
             differ = finite and _draws.differ(copies, copies[:1].expand_as(copies))
-            _checks.shared(differ, True, 1)
+            _view_checks.check_shared(differ, True, 1)
     _CHECKED.setdefault(owner, set()).add(method)
 
 
@@ -315,8 +319,8 @@ def _identity(transform: Callable[[Tensor], Tensor]) -> tuple[Any, str]:
 
 
 def _stack(views: list[Tensor]) -> Tensor:
-    _checks.separate(views)
-    _checks.one_size(views)
+    _view_checks.check_separate(views)
+    _view_checks.check_one_size(views)
     return torch.stack(views)
 
 
@@ -327,10 +331,10 @@ def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tens
     with _draws.kept(device):
         for image in images:
             _draws.seed(seed, device)
-            outputs.append(_checks.view(transform(_copy(image)), image))
+            outputs.append(_view_checks.as_view(transform(_copy(image)), image))
             after = _draws.states()
             first = first or after
-            _checks.same_draws(_draws.same(first, after), images[0], image)
+            _view_checks.check_same_draws(_draws.same(first, after), images[0], image)
     return outputs
 
 
@@ -347,5 +351,5 @@ def _copy(image: Any) -> Any:
 def _copies(transform: Callable[[Any], Tensor], image: Any, batched: bool) -> list[Tensor]:
     """Transform four copies of an image as the four images of one chunk."""
     if batched:
-        return list(_checks.views(transform(torch.stack([image] * 4)), 4))
+        return list(_view_checks.as_views(transform(torch.stack([image] * 4)), 4))
     return _replay(transform, [image] * 4, *_seeds(1))

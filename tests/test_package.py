@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from layers below its own only; the lowest come first.
 LAYERS = (
     ("_checks", "_chunks", "_draws", "_numerics", "recipes"),
+    ("_report_checks", "_view_checks"),
     ("_kernels.__init__", "_kernels.paths", "_kernels.unit_rows"),
     ("_kernels.gram_gap", "_kernels.info_nce", "rotation", "sphere", "views"),
     ("functional", "metrics._sampling", "metrics._tables"),

@@ -67,11 +67,11 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
     References:
         Serre, Linear Representations of Finite Groups, 1977, section 2.3, for the characters.
     """
-    _checks.circle(rotations, angles)
+    _checks.check_circle(rotations, angles)
     # Eigenvalues of matrices without symmetry are not computed on every device.
     r, theta = exact(rotations.detach().cpu()), exact(angles.detach().cpu())
     t, d, _ = r.shape
-    if _checks.boolean("shuffled", shuffled):
+    if _checks.as_boolean("shuffled", shuffled):
         r = r[permutation(t)]
     k = torch.arange(t // 2 + 1, device="cpu")
     waves = torch.cos(theta.unsqueeze(-1) * k)

@@ -62,8 +62,8 @@ def wahba_error(
         Gupta et al., Structuring Representation Geometry with Rotationally Equivariant Contrastive
         Learning, ICLR 2024, section 4. Wahba, A least squares estimate of satellite attitude, 1965.
     """
-    held_out = _checks.boolean("held_out", held_out)
-    _checks.transformed(4 if held_out else 2, z=z, z_transformed=z_transformed)
+    held_out = _checks.as_boolean("held_out", held_out)
+    _checks.check_transformed(4 if held_out else 2, z=z, z_transformed=z_transformed)
     u, v = unit_rows(shuffled, z, z_transformed)
     fit = rotation_fit(special)
     return distance(across_halves(fit, u, v) if held_out else u @ fit(u, v), v)
@@ -94,7 +94,7 @@ def equivariance_error(z: Tensor, z_transformed: Tensor, *, shuffled: bool = Fal
     References:
         Gupta et al., 2024, equation 3.
     """
-    _checks.transformed(2, z=z, z_transformed=z_transformed)
+    _checks.check_transformed(2, z=z, z_transformed=z_transformed)
     z, z_transformed = _paired(shuffled, z, z_transformed)
     if not is_long(*z.shape[-2:]):  # else the loss sums in float64, and float32 rows cost less
         z, z_transformed = exact(z), exact(z_transformed)
@@ -158,7 +158,7 @@ def invariance_error(z: Tensor, z_transformed: Tensor, *, shuffled: bool = False
         >>> invariance_error(torch.eye(3), -torch.eye(3))
         tensor(2., dtype=torch.float64)
     """
-    _checks.transformed(2, z=z, z_transformed=z_transformed)
+    _checks.check_transformed(2, z=z, z_transformed=z_transformed)
     return distance(*unit_rows(shuffled, z, z_transformed))
 
 
@@ -233,7 +233,7 @@ def composition_error(
     References:
         Gupta et al., 2024, the corollary on compositions in section 3.
     """
-    _checks.transformed(4, z=z, z_a=z_a, z_b=z_b, z_ab=z_ab)
+    _checks.check_transformed(4, z=z, z_a=z_a, z_b=z_b, z_ab=z_ab)
     u, a, b, ab = unit_rows(shuffled, z, z_a, z_b, z_ab)
     return distance(across_halves(rotation_fit(special), u, a, b), ab)
 
@@ -265,7 +265,7 @@ def cosine_spread(z: Tensor, z_transformed: Tensor, *, shuffled: bool = False) -
     References:
         Gupta et al., 2024, section 4.
     """
-    _checks.transformed(2, z=z, z_transformed=z_transformed)
+    _checks.check_transformed(2, z=z, z_transformed=z_transformed)
     u, v = unit_rows(shuffled, z, z_transformed)
     cosine = (u * v).sum(-1)
     return (cosine - cosine.mean(-1, keepdim=True)).square().mean(-1)
@@ -316,7 +316,7 @@ def transformed_retrieval(
         Garrido et al., Self-supervised learning of split invariant equivariant representations,
         ICML 2023, section 5, for the measure.
     """
-    _checks.transformed(4, z=z, z_transformed=z_transformed)
+    _checks.check_transformed(4, z=z, z_transformed=z_transformed)
     u, v = unit_rows(shuffled, z, z_transformed)
     return retrieval(across_halves(rotation_fit(special), u, v), v)
 
@@ -345,7 +345,7 @@ def effective_rank(z: Tensor) -> Tensor:
     References:
         Roy and Vetterli, The effective rank: a measure of effective dimensionality, 2007.
     """
-    _checks.transformed(1, z=z)
+    _checks.check_transformed(1, z=z)
     (u,) = unit_rows(False, z)
     broken = ~u.sum((-2, -1), keepdim=True).isfinite()
     # An error would come of NaN; zeros give NaN below.
@@ -370,7 +370,7 @@ def mean_norm(z: Tensor) -> Tensor:
         >>> mean_norm(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor(0.7071, dtype=torch.float64)
     """
-    _checks.transformed(1, z=z)
+    _checks.check_transformed(1, z=z)
     (u,) = unit_rows(False, z)
     norm: Tensor = torch.linalg.vector_norm(u.mean(-2), dim=-1)
     return norm
@@ -394,14 +394,14 @@ def unit_rows(shuffled: bool, *embeddings: Tensor) -> list[Tensor]:
 
 
 def _paired(shuffled: bool, z: Tensor, *others: Tensor) -> list[Tensor]:
-    if _checks.boolean("shuffled", shuffled):
+    if _checks.as_boolean("shuffled", shuffled):
         z = z.index_select(-2, permutation(z.shape[-2]).to(z.device))
     return [x.detach() for x in (z, *others)]
 
 
 def rotation_fit(special: bool) -> Fit:
     """Return the fit of a rotation `(*, D, D)` to rows and transformed rows."""
-    fit = partial(fit_rotation, special=_checks.boolean("special", special))
+    fit = partial(fit_rotation, special=_checks.as_boolean("special", special))
     return lambda source, target: fit(source, target).rotation
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from care_loss import _checks
+from care_loss import _checks, _report_checks
 from care_loss.metrics._measures import (
     across_halves,
     cosine_spread,
@@ -144,18 +144,18 @@ def equivariance_report(
         >>> report.row("turn").verdict
         'equivariant'
     """
-    _checks.encoder(encoder)
-    _checks.transformations(transformations)
-    samples = _checks.count("samples", samples, 4)
+    _report_checks.check_encoder(encoder)
+    _report_checks.check_transformations(transformations)
+    samples = _checks.check_count("samples", samples, 4)
     samples_of = sample(
         encoder,
         images,
         transformations,
         samples=samples,
-        batch_size=_checks.count("batch_size", batch_size, 1),
+        batch_size=_checks.check_count("batch_size", batch_size, 1),
         device=None if device is None else torch.device(device),
-        seed=_checks.count("seed", seed, 0),
-        progress=progress if progress is None else _checks.boolean("progress", progress),
+        seed=_checks.check_count("seed", seed, 0),
+        progress=progress if progress is None else _checks.as_boolean("progress", progress),
     )
     rows: list[ReportRow] = []
     for name, found in samples_of.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from care_loss import _checks, _draws
+from care_loss import _draws, _report_checks
 
 Transform = Callable[[Tensor], Tensor]
 OWN_DRAWS = 8  # of the unshared control; each is an average over draws of all images already
@@ -49,7 +49,7 @@ def sample(
     with _draws.kept(), _evaluating(encoder), torch.no_grad():
         _draws.seed(seed % 2**32)  # the order of a loader that shuffles
         count, batches = _batches(images, batch_size)
-        first = _checks.images_to_report(next(batches, None))
+        first = _report_checks.as_images(next(batches, None))
         device = device or _device(encoder) or first.device
         drawn = [
             _Drawn(name, transform, first[:PROBED].to(device), seed, samples)
@@ -60,7 +60,7 @@ def sample(
         done = 0
         with _bar(progress, count, 1 + sum(one.forwards for one in drawn)) as advance:
             for batch in chain([first], batches):
-                x = _checks.batch(batch).to(device)
+                x = _report_checks.as_images_of_batch(batch).to(device)
                 embed(None, "clean", 0, x)
                 advance()
                 for one in drawn:
@@ -68,7 +68,7 @@ def sample(
                         embed(one.name, kind, k, view)
                         advance()
                 done += len(x)
-    _checks.enough_images(done)
+    _report_checks.check_enough_images(done)
     return {one.name: one.collect(embed) for one in drawn}
 
 
@@ -82,7 +82,7 @@ class _Embedder:
     def outputs(self, name: str | None, view: Tensor) -> dict[str, Tensor]:
         """Return the embeddings of a view by output, on the CPU."""
         # A clone, for encoders that work in place.
-        found = _checks.encoder_outputs(self.encoder(view.clone()), len(view), name)
+        found = _report_checks.as_outputs(self.encoder(view.clone()), len(view), name)
         # Half types become float32 without loss; on a CPU there is float64 to measure in.
         return {k: (z.float() if z.itemsize < 4 else z).cpu() for k, z in found.items()}
 
@@ -92,7 +92,7 @@ class _Embedder:
             whole = self.outputs(None, images)
             halves = [self.outputs(None, part) for part in images.chunk(2)]
             for output, z in whole.items():
-                _checks.alone(z, torch.cat([half[output] for half in halves]))
+                _report_checks.check_alone(z, torch.cat([half[output] for half in halves]))
 
     def __call__(self, name: str | None, kind: str, k: int, view: Tensor) -> None:
         self.store.setdefault((name, kind, k), []).append(self.outputs(name, view))
@@ -126,12 +126,12 @@ class _Drawn:
         """Try the transformation on copies of a few images, before any work."""
         copies = probe.repeat_interleave(4, 0)
         view = self._replay(copies, self.seeds[0])
-        _checks.finite_images(self.name, view)
+        _report_checks.check_finite(self.name, view)
         groups = view.unflatten(0, (len(probe), 4))
         within = _draws.differ(groups, groups[:, :1].expand_as(groups))
         again = _draws.differ(view, self._replay(copies, self.seeds[0]))
         single = self._replay(probe[:1], self.seeds[0])
-        _checks.repeatable(self.name, within, again, _draws.differ(view[:1], single))
+        _report_checks.check_repeatable(self.name, within, again, _draws.differ(view[:1], single))
         self.composes = view.shape[1:] == probe.shape[1:]
         with _draws.kept(probe.device), self._named():
             before = _draws.states()
@@ -176,7 +176,7 @@ class _Drawn:
         with _draws.kept(images.device), self._named():
             _draws.seed(seed, images.device)
             # A clone, for transforms that work in place, or return their input.
-            return _checks.transformed_images(self.name, self.transform(images.clone()), images)
+            return _report_checks.as_transformed(self.name, self.transform(images.clone()), images)
 
     def _own(self, images: Tensor, k: int, done: int) -> Tensor:
         """Transform each image with a draw of its own, which depends on its number in the pass."""
@@ -184,7 +184,7 @@ class _Drawn:
         with _draws.kept(images.device), self._named():
             for number, image in enumerate(images.clone().split(1), done):
                 _draws.seed(_seed(f"{self.seed} {self.name} own {k} {number}"), images.device)
-                views.append(_checks.transformed_images(self.name, self.transform(image), image))
+                views.append(_report_checks.as_transformed(self.name, self.transform(image), image))
             return torch.cat(views)
 
     @contextmanager
@@ -193,7 +193,7 @@ class _Drawn:
         try:
             yield
         except Exception as error:
-            _checks.failed(self.name, error)
+            _report_checks.raise_failed(self.name, error)
             raise
 
 
@@ -205,7 +205,7 @@ def _batches(images: Any, batch_size: int) -> tuple[int | None, Iterator[Any]]:
     """Return the number of batches of images, where it is known, and the batches."""
     if isinstance(images, Tensor):
         return -(-len(images) // batch_size), iter(images.split(batch_size))
-    _checks.loader(images, isinstance(images, DataLoader))
+    _report_checks.check_loader(images, isinstance(images, DataLoader))
     try:
         count = len(images)
     except TypeError:  # of a dataset without a length
@@ -245,7 +245,7 @@ def _evaluating(encoder: Any) -> Iterator[None]:
 def _bar(progress: bool | None, batches: int | None, forwards: int) -> Iterator[Callable[[], Any]]:
     """Show a progress bar where someone sees it, and yield the function that advances it."""
     installed = find_spec("tqdm") is not None
-    _checks.can_show_progress(progress, installed)
+    _report_checks.check_progress(progress, installed)
     seen = sys.stderr.isatty() or "ipykernel" in sys.modules
     if progress is False or (progress is None and not (installed and seen)):
         yield lambda: None

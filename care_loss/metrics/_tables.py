@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from care_loss import _checks
+from care_loss import _report_checks
 
 
 class Estimate(NamedTuple):
@@ -111,7 +111,7 @@ class EquivarianceReport:
         """Return the row of a transformation; `output` defaults to the encoder's last output."""
         found = [r for r in self.rows if (r.transformation, r.against) == (transformation, against)]
         found = [r for r in found if output in (None, r.output)]
-        _checks.found(found, self.rows, (transformation, output, against))
+        _report_checks.check_found(found, self.rows, (transformation, output, against))
         return found[-1]
 
     def to_dict(self) -> dict[str, Any]:
