@@ -53,3 +53,18 @@ def normal(
 def function(plain: type[Function], with_forward_mode: type[Function]) -> Any:
     """Choose the Function: torch.compile does not trace those that have a forward mode."""
     return plain if torch.compiler.is_compiling() else with_forward_mode
+
+
+def refuse_nested_forward_mode() -> None:
+    """Refuse forward mode within forward mode, for which PyTorch would return zeros."""
+    try:
+        from torch._C._functorch import TransformType
+        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+    except ImportError:  # a private module: without it, the documentation has to do
+        return
+    levels = [level.key() for level in retrieve_all_functorch_interpreters()]
+    if levels.count(TransformType.Jvp) > 1:
+        raise NotImplementedError(
+            "second derivatives must use reverse mode once, got forward mode within "
+            "forward mode: use torch.func.hessian, or jacrev in place of one jacfwd."
+        )

@@ -19,13 +19,14 @@ InfoNCE is rounded to 16 bits like that of any other layer.
 """
 
 from functools import partial
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
+from care_loss._checks import check_floating, check_on_device, show
 from care_loss._kernels.gram_gap import gram_gap
 from care_loss._kernels.info_nce import info_nce
 from care_loss._kernels.paths import by_hand
@@ -94,7 +95,7 @@ def info_nce_loss(
         (temperature,) = savable(temperature)
     mean = reduction == "mean"
     if negatives is not None:
-        _checks.check_queue(negatives, z1)
+        _check_queue(negatives, z1)
         return _info_nce_of_queue(z1, z2, temperature, negatives, mean)
     plain = partial(_info_nce, mean=mean)
     if by_hand(z1, z2, temperature):
@@ -354,3 +355,14 @@ def _pair_weight(n: Size, scale: Scale) -> Size:
     """Return what each of the pairs (i, j) and (j, i) weighs in a chunk of `n` rows."""
     mean = 1 / (n * (n - 1))
     return mean if scale == "mean" else 2 * (n - 1) * mean
+
+
+def _check_queue(negatives: Any, z: Tensor) -> None:
+    """Require negatives of shape `(K, D)` beside embeddings `z` of shape `(*, N, D)`."""
+    check_floating("negatives", negatives)
+    if negatives.ndim != 2 or not len(negatives) or negatives.shape[1] != z.shape[-1]:
+        raise ValueError(
+            f"`negatives` must have shape (K, {z.shape[-1]}) with K >= 1, the embedding dimension "
+            f"of `z1`, got {show(negatives)}: store one negative per row."
+        )
+    check_on_device("negatives", negatives, z.device)

@@ -7,11 +7,12 @@ which configuration files can contain.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from care_loss import _checks, _chunks, distributed
+from care_loss._checks import show
 from care_loss.functional import Reduction, Scale, equivariance_loss, info_nce_loss
 
 _TEMPERATURE = 0.5
@@ -97,7 +98,7 @@ class EquivarianceLoss(nn.Module):
         what the views returned.
         """
         _checks.check_embeddings(leading=False, z1=z1, z2=z2)
-        chunks = _checks.as_chunks_of_call(chunks, self.chunks)
+        chunks = _as_chunks_of_call(chunks, self.chunks)
         return equivariance_loss(z1, z2, chunks=chunks, scale=self.scale, reduction=self.reduction)
 
     def extra_repr(self) -> str:
@@ -194,9 +195,9 @@ class CAREloss(nn.Module):
         temperature = _checks.as_number("temperature", temperature)
         gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
         _checks.check_scale(scale)
-        _checks.check_base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
+        _check_base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
         if equivariance_weight is _WEIGHT:  # the object: a 10.0 that somebody gives is another
-            _checks.check_default_weight(scale)
+            _check_default_weight(scale)
         self.temperature = temperature
         self.equivariance_weight = _checks.as_number(
             "equivariance_weight", equivariance_weight, or_zero=True
@@ -248,7 +249,7 @@ class CAREloss(nn.Module):
                 z1, z2, self.temperature, "mean", self.gather_distributed, also=arguments
             )
         else:
-            base = _checks.as_scalar(self.base_loss(z1, z2))
+            base = _as_scalar(self.base_loss(z1, z2))
         first, second, chunks = pair or arguments()
         equivariance = equivariance_loss(first, second, chunks=chunks, scale=self.scale)
         weight = _checks.as_number("equivariance_weight", self.equivariance_weight, or_zero=True)
@@ -264,8 +265,8 @@ class CAREloss(nn.Module):
         chunks: int | Tensor | None,
     ) -> tuple[Tensor, Tensor, int | Tensor]:
         """Check what the equivariance loss is given, and return it."""
-        _checks.check_equivariant_pair(equivariant1, equivariant2, self.shared_views)
-        chunks = _checks.as_chunks_of_call(chunks, self.chunks)
+        _check_equivariant_pair(equivariant1, equivariant2, self.shared_views)
+        chunks = _as_chunks_of_call(chunks, self.chunks)
         if equivariant1 is None or equivariant2 is None:
             _checks.check_embeddings(leading=False, z1=z1, z2=z2)
             equivariant1, equivariant2 = z1, z2
@@ -303,3 +304,84 @@ def _info_nce(
 
 def _arguments(module: nn.Module, *names: str) -> str:
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
+
+
+def _check_base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool) -> None:
+    """Require a callable base loss beside which nothing is set that only InfoNCE uses, or None."""
+    if value is None:
+        return
+    if not callable(value) or isinstance(value, type):
+        kind = f"the class {value.__name__}" if isinstance(value, type) else show(value)
+        raise TypeError(
+            "`base_loss` must be an instance of a loss module or another callable (z1, z2) -> "
+            f"scalar, got {kind}: create the module first, as in base_loss=Loss()."
+        )
+    if gather_distributed:
+        raise ValueError(
+            "`gather_distributed` must be False when `base_loss` is given, got True: it applies to "
+            "InfoNCE, which `base_loss` replaces. Let the base loss gather for itself."
+        )
+    if not temperature_is_default:
+        raise ValueError(
+            "`temperature` must be left out when `base_loss` is given, got one that is not the "
+            "default: it applies to InfoNCE, which `base_loss` replaces. Give the temperature to "
+            "the base loss."
+        )
+
+
+def _as_scalar(value: Any) -> Tensor:
+    """Require that a base loss returned a tensor without dimensions, and return it."""
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(
+            f"`base_loss` must return a scalar tensor, got {show(value)}: "
+            "reduce it inside the callable, for example with .mean()."
+        )
+    return value
+
+
+def _check_equivariant_pair(first: Any, second: Any, shared_views: bool) -> None:
+    """Require both equivariant views, or neither where the ordinary views are chunk-shared."""
+    is_view = isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex())
+    if first is not None and second is None and not is_view:
+        raise TypeError(
+            f"`chunks` must be passed by keyword, got {show(first)} as third positional argument: "
+            "write loss(z1, z2, chunks=chunks)."
+        )
+    if (first is None) != (second is None):
+        given = "equivariant2" if first is None else "equivariant1"
+        raise ValueError(
+            f"`equivariant1` and `equivariant2` must be given together, got only `{given}`: "
+            "pass the two chunk-shared views, or neither with shared_views=True."
+        )
+    if first is None and not shared_views:
+        raise ValueError(
+            "`equivariant1` and `equivariant2` must be given unless shared_views=True, got only "
+            "`z1` and `z2`: if every sample has an augmentation of its own, no rotation relates "
+            "the views. Pass two views whose augmentation is shared by each chunk, or set "
+            "shared_views=True if `z1` and `z2` are such views."
+        )
+    if first is not None and shared_views:
+        raise ValueError(
+            "`equivariant1` and `equivariant2` must be left out when shared_views=True, got four "
+            "views: with shared_views=True `z1` and `z2` serve both terms. Set shared_views=False "
+            "to pass four."
+        )
+
+
+def _check_default_weight(scale: str) -> None:
+    """Require the scale that the default weight is meant for."""
+    if scale != "mean":
+        raise ValueError(
+            f"`equivariance_weight` must be given with scale={scale!r}, got none: the default is "
+            'meant for scale="mean". Pass the weight of the recipe, such as 0.01.'
+        )
+
+
+def _as_chunks_of_call(value: Any, default: int | None) -> Any:
+    """Require chunks in a call or in the constructor, and return those of the call if given."""
+    if value is None and default is None:
+        raise ValueError(
+            "`chunks` must be given in the call or in the constructor, got neither: pass the "
+            "`chunks` that the views came with, loss(..., chunks=chunks)."
+        )
+    return default if value is None else value

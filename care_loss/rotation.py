@@ -27,7 +27,21 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
-from care_loss._numerics import computed_in, exact, function, normal, savable
+from care_loss._checks import (
+    as_broadcast,
+    check_floating,
+    check_not_recorded,
+    check_row_weights,
+    check_same_dtype_and_device,
+)
+from care_loss._numerics import (
+    computed_in,
+    exact,
+    function,
+    normal,
+    refuse_nested_forward_mode,
+    savable,
+)
 
 
 class RotationFit(NamedTuple):
@@ -104,7 +118,7 @@ def fit_rotation(
         Schönemann, A generalized solution of the orthogonal Procrustes problem, Psychometrika,
         1966. Kabsch, A solution for the best rotation to relate two sets of vectors, 1976.
     """
-    _checks.check_rows_to_fit(source, target, weights)
+    _check_rows_to_fit(source, target, weights)
     source, target = savable(source, target)
     x, y = exact(source), exact(target)
     if weights is None:
@@ -665,7 +679,7 @@ class _Polar(Function):
 class _ForwardPolar(_Polar):
     @staticmethod
     def jvp(ctx: Any, step: Tensor, *_: Any) -> Any:
-        _checks.check_forward_mode_once()
+        refuse_nested_forward_mode()
         return _Polar.backward(ctx, step)[0], None, None
 
 
@@ -707,3 +721,24 @@ class _ForwardSolve(_Solve):
     def jvp(ctx: Any, dh: Tensor, dk: Tensor, *_: Any) -> Any:
         h, x, *factors = ctx.saved_tensors
         return _solve(h, dk - dh @ x - x @ dh, *factors)
+
+
+def _check_rows_to_fit(source: Any, target: Any, weights: Any) -> None:
+    """Require rows `(*, N, D)` to fit a rotation to, and a weight `(*, N)` for each or None."""
+    check_not_recorded("rotations", "use torch.export")
+    check_floating("source", source)
+    check_floating("target", target)
+    if source.ndim < 2 or source.shape[-2] < 1 or source.shape[-1] < 1:
+        raise ValueError(
+            "`source` must have shape (*, N, D) with N >= 1 and D >= 1, got "
+            f"{tuple(source.shape)}: pass one vector per row."
+        )
+    if source.shape[-2:] != target.shape[-2:]:
+        raise ValueError(
+            "`source` and `target` must have the same N and D in their shapes (*, N, D), got "
+            f"{tuple(source.shape)} and {tuple(target.shape)}: row i of `target` is what row i of "
+            "`source` is mapped to."
+        )
+    check_same_dtype_and_device("source", source, "target", target)
+    leading = as_broadcast("source", source.shape[:-2], "target", target.shape[:-2])
+    check_row_weights(weights, "source", source, "source` and `target", leading)

@@ -25,8 +25,25 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
+from care_loss._checks import (
+    as_broadcast,
+    check_floating,
+    check_on_device,
+    check_row_weights,
+    check_same_dtype_and_device,
+    is_real,
+    read,
+    show,
+)
 from care_loss._kernels.unit_rows import largest_entries
-from care_loss._numerics import computed_in, exact, function, normal, savable
+from care_loss._numerics import (
+    computed_in,
+    exact,
+    function,
+    normal,
+    refuse_nested_forward_mode,
+    savable,
+)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -53,7 +70,7 @@ def normalize(x: Tensor) -> Tensor:
                 [0.0000, 0.0000],
                 [0.6000, 0.8000]])
     """
-    _checks.check_vectors(x=x)
+    _check_vectors(x=x)
     y = x.to(computed_in(x))
     y = y / largest_entries(y)
     # Only zero rows are below 1, so the clamp changes nothing else. A sum of squares has second
@@ -94,8 +111,8 @@ def geodesic_distance(x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         Kahan, How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?, 2006,
         section 12.
     """
-    _checks.check_vectors(x=x, y=y)
-    _checks.check_unit(x=x, y=y)
+    _check_vectors(x=x, y=y)
+    _check_unit(x=x, y=y)
     x, y = savable(x, y)
     dtype = computed_in(x)
     angle_of = function(_Angle, _ForwardAngle)
@@ -132,9 +149,9 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     References:
         Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985.
     """
-    _checks.check_vectors(x=x, y=y)
-    _checks.check_unit(x=x, y=y)
-    t = _checks.as_position("t", t, x, y)
+    _check_vectors(x=x, y=y)
+    _check_unit(x=x, y=y)
+    t = _as_position("t", t, x, y)
     x, y = savable(x, y)
     dtype = computed_in(x)
     middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
@@ -167,8 +184,8 @@ def expmap(x: Tensor, v: Tensor) -> Tensor:
         >>> expmap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, torch.pi / 2])).round(decimals=6)
         tensor([-0.,  1.])
     """
-    _checks.check_vectors(x=x, v=v)
-    _checks.check_unit(x=x)
+    _check_vectors(x=x, v=v)
+    _check_unit(x=x)
     x, v = savable(x, v)
     dtype = computed_in(x)
     step = v.to(dtype)
@@ -194,8 +211,8 @@ def logmap(x: Tensor, y: Tensor) -> Tensor:
         >>> logmap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).round(decimals=4)
         tensor([0.0000, 1.5708])
     """
-    _checks.check_vectors(x=x, y=y)
-    _checks.check_unit(x=x, y=y)
+    _check_vectors(x=x, y=y)
+    _check_unit(x=x, y=y)
     x, y = savable(x, y)
     dtype = computed_in(x)
     middle, across, squared_half = _arc(x.to(dtype), y.to(dtype))
@@ -222,8 +239,8 @@ def tangent_projection(x: Tensor, v: Tensor) -> Tensor:
         >>> tangent_projection(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 3.0]))
         tensor([0., 3.])
     """
-    _checks.check_vectors(x=x, v=v)
-    _checks.check_unit(x=x)
+    _check_vectors(x=x, v=v)
+    _check_unit(x=x)
     x, v = savable(x, v)
     return _without(x.to(computed_in(x)), v.to(computed_in(x))).to(x.dtype)
 
@@ -250,8 +267,8 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         >>> parallel_transport(x, y, torch.tensor([0.0, 2.0])).round(decimals=6)
         tensor([-2., 0.])
     """
-    _checks.check_vectors(x=x, y=y, v=v)
-    _checks.check_unit(x=x, y=y)
+    _check_vectors(x=x, y=y, v=v)
+    _check_unit(x=x, y=y)
     x, y, v = savable(x, y, v)
     dtype = computed_in(x)
     middle, _, _ = _axes(x.to(dtype), y.to(dtype))
@@ -294,7 +311,7 @@ def frechet_mean(x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         Buss and Fillmore, Spherical averages and applications to spherical splines and
         interpolation, ACM Transactions on Graphics, 2001.
     """
-    _checks.check_points_to_average(x, weights)
+    _check_points_to_average(x, weights)
     points = exact(x.detach())
     if weights is None:
         w = points.new_ones(points.shape[-2])
@@ -473,7 +490,7 @@ class _ForwardAngle(_Angle):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dy: Tensor) -> Any:
-        _checks.check_forward_mode_once()
+        refuse_nested_forward_mode()
         at_x, at_y = _Angle.backward(ctx, torch.ones_like(dx[..., 0]))
         return (at_x * dx + at_y * dy).sum(-1)
 
@@ -482,3 +499,75 @@ def _area(short: Tensor, long: Tensor, along: Tensor) -> Tensor:
     """Return the area that two vectors span, from their lengths and their inner product."""
     along = along / long.masked_fill(long == 0, 1)
     return long * ((short - along) * (short + along)).clamp_min(0).sqrt()
+
+
+def _check_points_to_average(x: Any, weights: Any) -> None:
+    """Require points `(*, N, D)`, and a weight `(*, N)` for each or None."""
+    check_floating("x", x)
+    if x.ndim < 2 or x.shape[-2] < 1 or x.shape[-1] < 1:
+        raise ValueError(
+            f"`x` must have shape (*, N, D) with N >= 1 and D >= 1, got {tuple(x.shape)}: pass "
+            "one point per row."
+        )
+    check_row_weights(weights, "x", x, "x", x.shape[:-2])
+
+
+def _check_vectors(**tensors: Any) -> None:
+    """Require vectors `(*, D)` of one D, one dtype and one device, with shapes that broadcast."""
+    for name, x in tensors.items():
+        check_floating(name, x)
+        if not x.ndim or x.shape[-1] < 1:
+            raise ValueError(
+                f"`{name}` must have shape (*, D) with D >= 1, got {tuple(x.shape)}: the last "
+                "dimension holds the entries of a vector."
+            )
+    (name, first), *others = tensors.items()
+    names, leading = name, first.shape[:-1]
+    for other_name, other in others:
+        if first.shape[-1] != other.shape[-1]:
+            raise ValueError(
+                f"`{name}` and `{other_name}` must have the same D in their shapes (*, D), got "
+                f"{tuple(first.shape)} and {tuple(other.shape)}: pass vectors of the same space."
+            )
+        check_same_dtype_and_device(name, first, other_name, other)
+        if other.shape[:-1] != leading:
+            leading = as_broadcast(names, leading, other_name, other.shape[:-1])
+        names += f"` and `{other_name}"
+
+
+def _check_unit(**tensors: Tensor) -> None:
+    """Require unit vectors, or zero vectors, where their lengths can be read."""
+    for name, x in tensors.items():
+        length = read(x, _length_farthest_from_1)
+        if length is not None and abs(length - 1) > 0.01:
+            raise ValueError(
+                f"`{name}` must contain unit vectors along the last dimension, got one of length "
+                f"{length:.3g}: pass care_loss.sphere.normalize({name})."
+            )
+
+
+def _as_position(name: str, value: Any, x: Tensor, y: Tensor) -> float | Tensor:
+    """Require a finite number or a tensor that broadcasts with `x` and `y`, and return it."""
+    if isinstance(value, Tensor):
+        check_floating(name, value)
+        if value.ndim or value.device.type != "cpu":  # a single number may stay there
+            check_on_device(name, value, x.device, "the points")
+        leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        as_broadcast("x` and `y", leading, name, value.shape)
+        return value
+    if not is_real(value) or not abs(value) < math.inf:
+        raise TypeError(
+            f"`{name}` must be a finite number or a torch.Tensor of a floating point dtype, got "
+            f"{show(value)}: convert it with torch.as_tensor() or float()."
+        )
+    return value if type(value) is float else float(value)
+
+
+def _length_farthest_from_1(x: Tensor) -> float:
+    """Return the length that differs most from 1 among vectors that are finite and not 0."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    least, most = map(float, length.aminmax())
+    if not 0 < least <= most < math.inf:
+        length = length.masked_fill(~((length > 0) & (length < math.inf)), 1)
+        least, most = map(float, length.aminmax())
+    return least if 1 - least > most - 1 else most

@@ -1,12 +1,13 @@
 """The frequencies of a representation of the circle, from rotations that were fitted to turns."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from care_loss import _checks
+from care_loss._checks import check_floating, check_on_device, check_square
 from care_loss._numerics import exact
 from care_loss.metrics._measures import permutation
 
@@ -67,7 +68,7 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
     References:
         Serre, Linear Representations of Finite Groups, 1977, section 2.3, for the characters.
     """
-    _checks.check_circle(rotations, angles)
+    _check_circle(rotations, angles)
     # Eigenvalues of matrices without symmetry are not computed on every device.
     r, theta = exact(rotations.detach().cpu()), exact(angles.detach().cpu())
     t, d, _ = r.shape
@@ -116,3 +117,32 @@ def _nearest_counts(multiplicity: Tensor, d: int) -> Tensor:
 def _wrap(angle: Tensor) -> Tensor:
     """Return the angle in [-pi, pi) of the same direction."""
     return (angle + math.pi) % (2 * math.pi) - math.pi
+
+
+def _check_circle(rotations: Any, angles: Any) -> None:
+    """Require orthogonal matrices `(T, D, D)` with T >= 2, at angles `(T,)` of uniform distance."""
+    check_square(rotations=rotations)
+    check_floating("angles", angles)
+    if rotations.ndim != 3 or len(rotations) < 2 or angles.shape != rotations.shape[:1]:
+        raise ValueError(
+            "`rotations` and `angles` must have shapes (T, D, D) and (T,) with T >= 2, got "
+            f"{tuple(rotations.shape)} and {tuple(angles.shape)}: pass one rotation per angle."
+        )
+    check_on_device("angles", angles, rotations.device, "`rotations`")
+    rotations, angles = rotations.detach(), angles.detach()
+    identity = torch.eye(rotations.shape[-1], dtype=rotations.dtype, device=rotations.device)
+    deviation = float((rotations.mT @ rotations - identity).abs().max())
+    if not deviation <= 0.05:
+        raise ValueError(
+            "`rotations` must be orthogonal matrices, got an entry of R.mT @ R - I of "
+            f"{deviation:.3g}: pass those of fit_rotation(...).rotation."
+        )
+    turn = 2 * math.pi
+    steps = (angles.double() % turn).sort().values
+    steps = torch.cat((steps[1:], steps[:1] + turn)) - steps
+    if not float((steps * len(angles) / turn - 1).abs().max()) <= 1e-3:
+        raise ValueError(
+            "`angles` must have uniform distances and fill the circle, in radians, got steps from "
+            f"{float(steps.min()):.3g} to {float(steps.max()):.3g}: pass "
+            f"2 * torch.pi / {len(angles)} * torch.arange({len(angles)})."
+        )

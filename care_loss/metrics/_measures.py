@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from care_loss import _checks
+from care_loss._checks import as_broadcast, check_floating, check_same_dtype_and_device
 from care_loss._kernels.paths import is_long
 from care_loss._numerics import computed_in, exact
 from care_loss.functional import equivariance_loss
@@ -63,7 +64,7 @@ def wahba_error(
         Learning, ICLR 2024, section 4. Wahba, A least squares estimate of satellite attitude, 1965.
     """
     held_out = _checks.as_boolean("held_out", held_out)
-    _checks.check_transformed(4 if held_out else 2, z=z, z_transformed=z_transformed)
+    _check_transformed(4 if held_out else 2, z=z, z_transformed=z_transformed)
     u, v = unit_rows(shuffled, z, z_transformed)
     fit = rotation_fit(special)
     return distance(across_halves(fit, u, v) if held_out else u @ fit(u, v), v)
@@ -94,7 +95,7 @@ def equivariance_error(z: Tensor, z_transformed: Tensor, *, shuffled: bool = Fal
     References:
         Gupta et al., 2024, equation 3.
     """
-    _checks.check_transformed(2, z=z, z_transformed=z_transformed)
+    _check_transformed(2, z=z, z_transformed=z_transformed)
     z, z_transformed = _paired(shuffled, z, z_transformed)
     if not is_long(*z.shape[-2:]):  # else the loss sums in float64, and float32 rows cost less
         z, z_transformed = exact(z), exact(z_transformed)
@@ -158,7 +159,7 @@ def invariance_error(z: Tensor, z_transformed: Tensor, *, shuffled: bool = False
         >>> invariance_error(torch.eye(3), -torch.eye(3))
         tensor(2., dtype=torch.float64)
     """
-    _checks.check_transformed(2, z=z, z_transformed=z_transformed)
+    _check_transformed(2, z=z, z_transformed=z_transformed)
     return distance(*unit_rows(shuffled, z, z_transformed))
 
 
@@ -233,7 +234,7 @@ def composition_error(
     References:
         Gupta et al., 2024, the corollary on compositions in section 3.
     """
-    _checks.check_transformed(4, z=z, z_a=z_a, z_b=z_b, z_ab=z_ab)
+    _check_transformed(4, z=z, z_a=z_a, z_b=z_b, z_ab=z_ab)
     u, a, b, ab = unit_rows(shuffled, z, z_a, z_b, z_ab)
     return distance(across_halves(rotation_fit(special), u, a, b), ab)
 
@@ -265,7 +266,7 @@ def cosine_spread(z: Tensor, z_transformed: Tensor, *, shuffled: bool = False) -
     References:
         Gupta et al., 2024, section 4.
     """
-    _checks.check_transformed(2, z=z, z_transformed=z_transformed)
+    _check_transformed(2, z=z, z_transformed=z_transformed)
     u, v = unit_rows(shuffled, z, z_transformed)
     cosine = (u * v).sum(-1)
     return (cosine - cosine.mean(-1, keepdim=True)).square().mean(-1)
@@ -316,7 +317,7 @@ def transformed_retrieval(
         Garrido et al., Self-supervised learning of split invariant equivariant representations,
         ICML 2023, section 5, for the measure.
     """
-    _checks.check_transformed(4, z=z, z_transformed=z_transformed)
+    _check_transformed(4, z=z, z_transformed=z_transformed)
     u, v = unit_rows(shuffled, z, z_transformed)
     return retrieval(across_halves(rotation_fit(special), u, v), v)
 
@@ -345,7 +346,7 @@ def effective_rank(z: Tensor) -> Tensor:
     References:
         Roy and Vetterli, The effective rank: a measure of effective dimensionality, 2007.
     """
-    _checks.check_transformed(1, z=z)
+    _check_transformed(1, z=z)
     (u,) = unit_rows(False, z)
     broken = ~u.sum((-2, -1), keepdim=True).isfinite()
     # An error would come of NaN; zeros give NaN below.
@@ -370,7 +371,7 @@ def mean_norm(z: Tensor) -> Tensor:
         >>> mean_norm(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor(0.7071, dtype=torch.float64)
     """
-    _checks.check_transformed(1, z=z)
+    _check_transformed(1, z=z)
     (u,) = unit_rows(False, z)
     norm: Tensor = torch.linalg.vector_norm(u.mean(-2), dim=-1)
     return norm
@@ -457,3 +458,27 @@ def retrieval(predicted: Tensor, candidates: Tensor) -> Retrieval:
     broken = ~(predicted + candidates).sum((-2, -1)).isfinite()
     mrr = ranks.reciprocal().mean(-1).masked_fill(broken, torch.nan)
     return Retrieval(mrr, hits.mean(-2).masked_fill(broken.unsqueeze(-1), torch.nan))
+
+
+def _check_transformed(rows: int, **tensors: Any) -> None:
+    """Require embeddings `(*, N, D)` of the same N >= `rows` images, which broadcast."""
+    for name, z in tensors.items():
+        check_floating(name, z)
+    (name, first), *others = tensors.items()
+    names, leading = name, first.shape[:-2]
+    if first.ndim < 2 or first.shape[-2] < rows or first.shape[-1] < 1:
+        hint = ": each half of the rows needs two" if rows > 2 else ""
+        raise ValueError(
+            f"`{name}` must have shape (*, N, D) with N >= {rows} and D >= 1, got "
+            f"{tuple(first.shape)}{hint}: pass one row per image."
+        )
+    for other_name, other in others:
+        if first.shape[-2:] != other.shape[-2:]:
+            raise ValueError(
+                f"`{name}` and `{other_name}` must have the same N and D in their shapes "
+                f"(*, N, D), got {tuple(first.shape)} and {tuple(other.shape)}: row i of both "
+                "belongs to image i, from the same encoder."
+            )
+        check_same_dtype_and_device(name, first, other_name, other)
+        leading = as_broadcast(names, leading, other_name, other.shape[:-2])
+        names += f"` and `{other_name}"
