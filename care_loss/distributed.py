@@ -330,17 +330,17 @@ class _InfoNCE(Function):
         with without_autocast(z1):
             everything = _gather(torch.cat((z1, z2)), group, rows)
         u, length = unit_rows(everything.to(computed_in(z1)))
-        losses, total, share = losses_among(u, own, temperature)
+        losses, total, mass = losses_among(u, own, temperature)
         found = _gather(torch.stack((losses.flatten(), total.flatten()), -1), group, rows)
         if derive:
             ctx.own, ctx.sizes = own, sizes
-            save(ctx, z1, z2, temperature, plain, u, length[own], found[:, 1], share)
+            save(ctx, z1, z2, temperature, plain, u, length[own], found[:, 1], mass)
         by_rank = found[:, 0].to(u.dtype).split(rows)
         return torch.cat([part.view(2, -1) for part in by_rank], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, u, length, total, share = ctx.saved_tensors
+        *inputs, u, length, total, mass = ctx.saved_tensors
         nothing = (None,) * 4
         if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
             return *second_derivatives(ctx, inputs, gradient), *nothing
@@ -348,7 +348,7 @@ class _InfoNCE(Function):
         gradient = gradient * len(ctx.sizes)
         weights = torch.cat([part.flatten() for part in gradient.split(ctx.sizes, -1)])
         temperature = temperature_of(ctx, inputs)
-        by_row = gradient_among(u, ctx.own, temperature, total, share, weights)
+        by_row = gradient_among(u, ctx.own, temperature, total, mass, weights)
         rows = gradient_of_rows(by_row, u[ctx.own], length)
         return *gradients_of_inputs(ctx, inputs, *rows), *nothing
 

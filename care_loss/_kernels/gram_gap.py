@@ -85,15 +85,15 @@ class _GramGap(Function):
             pieces = list(_cut(u, runs))
         by_columns = dtype != torch.float64
         chunks, leading = sum(k for k, _ in runs), z1.shape[:-2]
-        shares = (chunks * leading.numel() or math.nan) if mean else 1
+        averaged = (chunks * leading.numel() or math.nan) if mean else 1
         gaps, gradients = [], []
         for rows, lengths, (k, n), weight in zip(
             pieces, _cut(length, runs), runs, weights, strict=True
         ):
-            share = weight / shares
-            factor = 4 * share if derive else None
+            scale = weight / averaged
+            factor = 4 * scale if derive else None
             gap, gradient = _compare(rows, lengths, factor, by_columns=by_columns)
-            gaps.append((gap.sum() if mean else gap.sum(-1).view(*leading, k)) * share)
+            gaps.append((gap.sum() if mean else gap.sum(-1).view(*leading, k)) * scale)
             if gradient is not None:
                 gradients.append(gradient.view(2, *leading, k * n, u.shape[-1]))
         if derive:

@@ -2,10 +2,10 @@
 
 With unit rows u, s_ij = u_i · u_j / τ and the positive p(i) of row i, each anchor has these:
 
-    a_i = log Σ_{j ≠ i, p(i)} exp(s_ij)         the log of the sum over its negatives
-    ℓ_i = softplus(a_i - s_ip)                  its loss
-    t_i = s_ip + ℓ_i                            the log of the sum over all of its row
-    q_i = sigmoid(a_i - s_ip)                   the share of the negatives in that sum
+    a_i = log Σ_{j ≠ i, p(i)} exp(s_ij)    `negative`: the log of the sum over its negatives
+    ℓ_i = softplus(a_i - s_ip)             `losses`
+    t_i = s_ip + ℓ_i                       `total`: the log of the sum over all of its row
+    q_i = sigmoid(a_i - s_ip)              `mass`: the part of the negatives in that sum
 
 The gradient of Σ g_i ℓ_i with respect to u is W u / τ. W is symmetric and 0 on the diagonal, and
 
@@ -66,25 +66,29 @@ class _Dense(Function):
             scaled = u / temperature
             positive = _positive(scaled, u, n)
             scores = scaled @ u.mT
-            pairs = scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
+            # The entries (i, i) and (i, p(i)) of all rows.
+            own_and_positive = (
+                scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
+            )
             if _bounded(temperature):
-                scores.exp_()
-                pairs.zero_()
-                negative = scores.sum(-1).log()
+                exponentials = scores.exp_()
+                own_and_positive.zero_()
+                negative = exponentials.sum(-1).log()
             else:
-                pairs.fill_(-torch.inf)
+                own_and_positive.fill_(-torch.inf)
                 negative = scores.logsumexp(-1)
-            losses, total, share = _losses(positive, negative.unflatten(-1, (2, n)))
+            losses, total, mass = _losses(positive, negative.unflatten(-1, (2, n)))
             if derive:
                 total = total.flatten(-2)
+                # W_ij, with g_i = 1, and 0 where own_and_positive is.
                 if _bounded(temperature):
-                    weight = torch.exp(-total)
-                    scores.mul_(weight.unsqueeze(-1) + weight.unsqueeze(-2))
+                    by_anchor = torch.exp(-total)
+                    weights = scores.mul_(by_anchor.unsqueeze(-1) + by_anchor.unsqueeze(-2))
                 else:
-                    scores = scores.sub_(total.unsqueeze(-1)).exp_()
-                    scores = scores + scores.mT
-                gradient = scores @ u
-                _add_positives(gradient, u, share.sum(-2))
+                    by_row = scores.sub_(total.unsqueeze(-1)).exp_()
+                    weights = by_row + by_row.mT
+                gradient = weights @ u
+                _add_positives(gradient, u, mass.sum(-2))
                 gradient.div_(temperature).div_(max(losses.numel(), 1))
                 save(ctx, z1, z2, temperature, plain, *gradient_of_rows(gradient, u, length))
         return losses.mean()
@@ -111,14 +115,14 @@ class _Tiled(Function):
             negative = u.new_empty(u.shape[:-1], dtype=exact(u[:0]).dtype)
             for rows, sums in zip(_batches(u), negative.view(-1, 2 * n), strict=True):
                 _log_sums(rows, temperature, out=sums)
-        losses, total, share = _losses(positive, negative.unflatten(-1, (2, n)))
+        losses, total, mass = _losses(positive, negative.unflatten(-1, (2, n)))
         if derive:
-            save(ctx, z1, z2, temperature, plain, u, length, total, share)
+            save(ctx, z1, z2, temperature, plain, u, length, total, mass)
         return losses.to(u.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, u, length, total, share = ctx.saved_tensors
+        *inputs, u, length, total, mass = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
             return *second_derivatives(ctx, inputs, gradient), None, None
         temperature, n = temperature_of(ctx, inputs), total.shape[-1]
@@ -133,13 +137,13 @@ class _Tiled(Function):
                 strict=True,
             ):
                 _weighted_sums(rows, temperature, t, g, out=out)
-        _add_positives(by_row, u, (gradient * share).sum(-2).to(u.dtype))
+        _add_positives(by_row, u, (gradient * mass).sum(-2).to(u.dtype))
         by_row.div_(temperature).mul_(scale)
         return *gradients_of_inputs(ctx, inputs, *gradient_of_rows(by_row, u, length)), None, None
 
 
 def losses_among(u: Tensor, own: slice, temperature: Input) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, the log of the sum over all and the share of the negatives, `(2, N)` each.
+    """Return the loss, the log of the sum over all and the mass of the negatives, `(2, N)` each.
 
     The anchors are the `2N` rows `own` of the unit rows `(M, D)`, both views of N samples. All
     other rows are negatives of each of them.
@@ -158,11 +162,11 @@ def losses_among(u: Tensor, own: slice, temperature: Input) -> tuple[Tensor, Ten
 
 
 def gradient_among(
-    u: Tensor, own: slice, temperature: Input, total: Tensor, share: Tensor, gradient: Tensor
+    u: Tensor, own: slice, temperature: Input, total: Tensor, mass: Tensor, gradient: Tensor
 ) -> Tensor:
     """Return the gradient of the sum of all losses, weighted by `gradient` `(M,)`, for some rows.
 
-    These are the unit rows `own` of `(M, D)`, for which `share` is that of :func:`losses_among`.
+    These are the unit rows `own` of `(M, D)`, for which `mass` is that of :func:`losses_among`.
     `total` `(M,)` are the logs of the sums of all rows.
     """
     gradient, scale = _without_scale(gradient)
@@ -174,7 +178,7 @@ def gradient_among(
         for scores, rows, columns in _rectangles(u, own, temperature):
             part = out[rows.start - own.start : rows.stop - own.start]
             part.addmm_(weigh(scores, rows, columns), u[columns])
-    _add_positives(out, anchors, (gradient[own].view(2, -1) * share).sum(-2).to(u.dtype))
+    _add_positives(out, anchors, (gradient[own].view(2, -1) * mass).sum(-2).to(u.dtype))
     return out.div_(temperature).mul_(scale)
 
 
@@ -211,22 +215,22 @@ def _positive(scaled: Tensor, u: Tensor, n: int) -> Tensor:
 
 
 def _losses(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, the log of the sum over all and the share of the negatives, `(*, 2, N)`."""
+    """Return the loss, the log of the sum over all and the mass of the negatives, `(*, 2, N)`."""
     excess = negative - positive
     losses = F.softplus(excess, threshold=60)  # beyond it, log1p adds e^-60 or less
     return losses, positive + losses, torch.sigmoid(excess)
 
 
-def _add_positives(gradient: Tensor, u: Tensor, share: Tensor) -> None:
-    """Add the entries W_ip, times u, where W u was formed without them; `share` `(*, N)` is -W_ip.
+def _add_positives(gradient: Tensor, u: Tensor, mass: Tensor) -> None:
+    """Add the entries W_ip, times u, where W u was formed without them; `mass` `(*, N)` is -W_ip.
 
     They are as large as all others together. Within the sums of products, they would make the
     partial sums large, and these round more.
     """
-    pairs = (2, share.shape[-1])
+    pairs = (2, mass.shape[-1])
     other = u.unflatten(-2, pairs).flip(-3)
-    share = share.unsqueeze(-2).unsqueeze(-1)
-    gradient.unflatten(-2, pairs).addcmul_(share, other, value=-1)
+    mass = mass.unsqueeze(-2).unsqueeze(-1)
+    gradient.unflatten(-2, pairs).addcmul_(mass, other, value=-1)
 
 
 def save(
