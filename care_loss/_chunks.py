@@ -41,9 +41,9 @@ def places(chunks: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, T
 
 
 def has_free_size(chunks: int, n: int) -> bool:
-    """Whether a tracer records for other numbers of rows than `n` too: its rest is not known.
+    """Whether a tracer records for other numbers of rows than `n` too: its remainder is not known.
 
-    Tracers of older versions of torch cannot tell. They record for numbers of the same rest.
+    Tracers of older versions of torch cannot tell. They record for numbers of the same remainder.
     """
     tracing = torch.compiler.is_compiling() or isinstance(n, torch.SymInt)
     if not tracing or not TRACERS_KNOW:

@@ -11,7 +11,7 @@ r"""Fitting, sampling and measuring orthogonal maps.
 Leading dimensions are free: each index of them is one problem. Everything is computed in float64
 (float32 on Apple's GPUs), and matrices are returned in the dtype of the input, so neither autocast
 nor the TF32 setting changes a result. The singular value decompositions synchronise a GPU with the
-host, and those from 33 x 33 to 256 x 256 run on the CPU, which is faster.
+host, and those from 33 x 33 to 256 x 256 run on the CPU.
 
 An item of a batch that contains NaN or an infinity becomes NaN, and does not affect the others.
 
@@ -251,8 +251,8 @@ def rotation_angles(rotation: Tensor) -> Tensor:
     A rotation of SO(D) turns :math:`\lfloor D / 2 \rfloor` orthogonal planes. With the singular
     values of :math:`R - I` and :math:`R + I`, :math:`2 \sin(\theta / 2)` and
     :math:`2 \cos(\theta / 2)`, the angles are accurate to :math:`10 \varepsilon \sqrt D` near 0,
-    near :math:`\pi` and where they repeat. On a GPU, up to D = 32, errors up to
-    :math:`120 \varepsilon` were seen, as its solver is less exact.
+    near :math:`\pi` and where they repeat. On a GPU, up to D = 32, they are as accurate as
+    the singular values of its solver (docs/cuda.md).
 
     Args:
         rotation: Matrices of SO(D), `(*, D, D)`.
@@ -528,16 +528,18 @@ def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if _by_lapack(x):
         u, s, vh = torch.linalg.svd(x.cpu(), full_matrices=False)
         return u.to(x.device), s.to(x.device), vh.to(x.device)
-    # CUDA's default misses singular values of 512 x 512 by 1000 eps, and gesvd by 50.
-    driver = "gesvd" if x.is_cuda and min(x.shape[-2:]) > 256 else None
+    # CUDA's default misses singular values of 512 x 512 by 1000 eps, and gesvd by 50. ROCm, which
+    # calls itself cuda too, has no choice of drivers.
+    is_large = x.is_cuda and min(x.shape[-2:]) > 256
+    driver = "gesvd" if is_large and torch.version.cuda else None
     return torch.linalg.svd(x, full_matrices=False, driver=driver)  # type: ignore[no-any-return]
 
 
 def _by_lapack(x: Tensor) -> bool:
     """Whether LAPACK decomposes these matrices: on a CPU, and those of middle size of a GPU.
 
-    CUDA takes those of up to 32 x 32 as one batch, and larger ones one by one, which takes more
-    time than LAPACK up to 256 x 256 (docs/cuda.md).
+    CUDA takes those of up to 32 x 32 as one batch, and larger ones one by one, which is slower than
+    LAPACK up to 128 x 128, as slow at 256 x 256, and less exact (docs/cuda.md).
     """
     middle = max(x.shape[-2:]) > 32 and min(x.shape[-2:]) <= 256
     return x.device.type == "cpu" or (x.is_cuda and middle)

@@ -15,7 +15,8 @@ The sums lose digits where the views are close, and are computed in float64. The
 subtracted: it is not 0 where one of two rows is.
 
 Where the rows of a chunk nearly coincide, as in a network at its start, the errors of their lengths
-in float32 are larger than Δ. Then, and where values are not read, all is computed in float64.
+in float32 are larger than Δ. Then, and where values are not read, all is computed in float64 (on
+Apple's GPUs, which have none, in float32).
 """
 
 import math
@@ -38,7 +39,7 @@ from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, exact, without_autocast
 
 Runs = list[tuple[int, int]]
-COINCIDENCE = 0.77  # the length of the mean of unit rows; 0.6 is its square
+COINCIDENCE = 0.6  # the mean cosine of the rows of a chunk
 
 
 def gram_gap(
@@ -140,14 +141,15 @@ def _unit_rows(
 def _nearly_coincide(u: Tensor) -> bool:
     """Whether the unit rows of any chunk `(*, n, D)` are so close that rounding counts beside Δ.
 
-    An error of the lengths changes all products of a row alike, by parts of the cosines. The length
-    of the mean of the rows is that of the common part: 1 where they coincide.
+    An error of the lengths changes all products of a row alike, by parts of the cosines. Their mean
+    over the pairs follows from the length of the mean of the rows.
     """
+    n = u.shape[-2]
     if not u.numel():
         return False
     longest = torch.linalg.vector_norm(u.mean(-2), dim=-1).max()
     try:
-        return bool(longest > COINCIDENCE)
+        return bool(longest > math.sqrt((1 + COINCIDENCE * (n - 1)) / n))
     except RuntimeError:  # fake tensors have no values
         return True
 
