@@ -147,9 +147,10 @@ def _nearly_coincide(u: Tensor) -> bool:
     n = u.shape[-2]
     if not u.numel():
         return False
-    longest = torch.linalg.vector_norm(u.mean(-2), dim=-1).max()
+    lengths = torch.linalg.vector_norm(u.mean(-2), dim=-1)
     try:
-        return bool(longest > math.sqrt((1 + COINCIDENCE * (n - 1)) / n))
+        longest: float = lengths.max().item()
+        return longest > math.sqrt((1 + COINCIDENCE * (n - 1)) / n)
     except RuntimeError:  # fake tensors have no values
         return True
 
