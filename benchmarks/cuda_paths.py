@@ -37,7 +37,7 @@ from torch import Tensor
 from care_loss import CAREloss
 from care_loss._kernels import info_nce as kernel
 from care_loss.functional import equivariance_loss, info_nce_loss
-from care_loss.rotation import _determinant, _svd
+from care_loss.rotation import _determinant, _sign_of_reflections, _svd
 
 SOLVERS: dict[str, Callable[[Tensor], Any]] = {
     "default": torch.linalg.svd,
@@ -159,8 +159,10 @@ def values(device: str, quick: bool) -> Iterator[Row]:
 
 def solvers(device: str, quick: bool) -> Iterator[Row]:
     """What the decompositions of batches take, and those of symmetric matrices."""
-    ways = {name: SOLVERS[name] for name in ("default", "gesvd")[: device.startswith("cuda") + 1]}
-    ways |= {"as in the code": _svd, "eigenvectors": torch.linalg.eigh}
+    ways = {name: SOLVERS[name] for name in ("default", "gesvd", "as in the code")}
+    if not device.startswith("cuda"):
+        del ways["gesvd"]
+    ways["eigenvectors"] = torch.linalg.eigh
     ways["on the CPU"] = lambda x: [z.to(x.device) for z in torch.linalg.svd(x.cpu())]
     sizes = ((16, 16), (16, 32), (16, 33), (16, 64), (16, 128), (8, 256), (2, 512), (1, 1024))
     for b, d in sizes[: 1 if quick else None]:
@@ -179,13 +181,6 @@ def orthogonality(r: Tensor) -> float:
     return deviation.max().item() / eps / math.sqrt(d)
 
 
-def by_reflections(q: Tensor) -> Tensor:
-    """The sign of the determinant: how many reflections a QR decomposition takes."""
-    reflectors, scales = torch.geqrf(q)
-    odd = (reflectors.diagonal(dim1=-2, dim2=-1) < 0).sum(-1) + (scales != 0).sum(-1)
-    return 1 - 2 * (odd % 2).to(q.dtype)
-
-
 def determinant(device: str, quick: bool) -> Iterator[Row]:
     for b, d in (
         ((64, 3), (64, 16))
@@ -200,7 +195,11 @@ def determinant(device: str, quick: bool) -> Iterator[Row]:
         q = torch.linalg.qr(torch.randn(b, d, d, dtype=torch.float64)).Q
         q = torch.cat((q, torch.stack((eye, -eye, eye.flip(0), first, last, eye.roll(1, 0)))))
         wanted = torch.linalg.det(q).round()
-        ways = {"as in the code": _determinant, "geqrf": by_reflections, "det": torch.linalg.det}
+        ways = {
+            "as in the code": _determinant,
+            "geqrf": _sign_of_reflections,
+            "det": torch.linalg.det,
+        }
         ways["slogdet"] = lambda x: torch.linalg.slogdet(x).sign
         for name, way in ways.items():
             for dtype in (torch.float64, torch.float32):

@@ -41,7 +41,7 @@ def products(z1: Tensor, z2: Tensor) -> None:
     torch.mm(scores.mT, rows)
 
 
-def turn() -> None:
+def keep_busy() -> None:
     """Keep a core busy until this process is ended."""
     while True:
         sum(range(100_000))
@@ -49,7 +49,7 @@ def turn() -> None:
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=turn, daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=keep_busy, daemon=True)
     process.start()
     try:
         yield
@@ -71,12 +71,12 @@ def measured(n: int, rounds: int) -> Iterator[Row]:
     calls = {name: partial(step, loss) for name, loss in losses.items()}
     calls["matrix products alone"] = partial(products, *views)
     seconds: dict[tuple[str, int], list[float]] = {}
-    for turn_of in range(rounds + 1):
+    for round_number in range(rounds + 1):
         for name, call in calls.items():
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 took = once(call)
-                if turn_of:  # the first round warms up
+                if round_number:  # the first round warms up
                     seconds.setdefault((name, threads), []).append(took)
     for (name, threads), times in seconds.items():
         yield {"contender": name, "at once": threads} | ratio_columns(times, seconds[name, 1])
@@ -89,10 +89,10 @@ def main() -> None:
     if options.policy is None:
         # OpenMP reads the policy when it starts.
         for policy in POLICIES:
-            environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-            if policy == "default":
-                del environment["OMP_WAIT_POLICY"]
-            environment.pop("OMP_NUM_THREADS", None)
+            settings = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+            environment = {k: v for k, v in os.environ.items() if k not in settings}
+            if policy == "passive":
+                environment["OMP_WAIT_POLICY"] = policy
             command = [sys.executable, *sys.argv, "--policy", policy]
             subprocess.run(command, env=environment, check=True)
         return

@@ -571,6 +571,14 @@ def _best_to_flip_last(p: Tensor, q: Tensor, tied: Tensor) -> tuple[Tensor, Tens
     return p @ e, q @ e
 
 
+def _sign_of_reflections(q: Tensor) -> Tensor:
+    """Return 1 or -1 for an even or odd number of reflections in a QR decomposition."""
+    reflectors, scales = torch.geqrf(q)
+    negative = reflectors.diagonal(dim1=-2, dim2=-1) < 0
+    odd = (negative.sum(-1) + (scales != 0).sum(-1)) % 2
+    return 1 - 2 * odd.to(q.dtype)
+
+
 @torch.library.custom_op("care_loss::determinant", mutates_args=())
 def _determinant(q: Tensor) -> Tensor:
     """Return the determinant of orthogonal matrices `(*, D, D)`, 1 or -1.
@@ -584,10 +592,7 @@ def _determinant(q: Tensor) -> Tensor:
     if q.is_cuda:
         sign: Tensor = torch.linalg.slogdet(q).sign
         return sign
-    reflectors, scales = torch.geqrf(q)
-    negative = reflectors.diagonal(dim1=-2, dim2=-1) < 0
-    odd = (negative.sum(-1) + (scales != 0).sum(-1)) % 2
-    return 1 - 2 * odd.to(q.dtype)
+    return _sign_of_reflections(q)
 
 
 @_determinant.register_fake

@@ -49,7 +49,9 @@ def test_compiles_as_one_graph_forward_and_backward(loss, backend, device, dtype
 
 
 free_sizes = pytest.mark.skipif(not TRACERS_KNOW, reason="torch records for some sizes only")
-exported = pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch compares strides")
+exported = pytest.mark.skipif(
+    torch.__version__ < (2, 9), reason="older tracers add guards on sizes"
+)
 
 
 @free_sizes

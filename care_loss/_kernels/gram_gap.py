@@ -160,6 +160,9 @@ def _compare(
 ) -> tuple[Tensor, Tensor | None]:
     """Compare chunks of unit rows `(2k, n, D)`, those of the second view after those of the first.
 
+    Long chunks are compared by columns where `by_columns` permits it: float64 embeddings would lose
+    digits.
+
     Returns parts of the sum Σ Δ² of each chunk, `(k, *)`, and `factor` times the gradient of a
     quarter of it, with respect to the rows before they were divided by `length`.
     """
