@@ -200,8 +200,7 @@ def seeds(path: str, columns: dict[str, str], *labels: str) -> Table:
 
 def experiment(name: str, **wanted: str) -> list[Row]:
     """Return the rows of an experiment, of all seeds, those that have what is wanted."""
-    paths = sorted((DOCS / "experiments" / "results").glob(f"{name}-seed*.csv"))
-    rows = [row | {"seed": path.stem} for path in paths for row in read(path)]
+    rows = read(DOCS / "experiments" / "results" / f"{name}.csv")
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
@@ -337,7 +336,7 @@ def counted(rows: list[Row], verdict: Cell) -> str:
 
 def representations(name: str) -> Table:
     """The multiplicities of the first frequencies, a line for each seed, and their intervals."""
-    rows = experiment(f"representation-{name}-16")
+    rows = experiment(f"representation-{name}", dim="16")
 
     def lines(row: Row) -> str:
         values, widths = row["multiplicities"].split()[:4], row["interval"].split()[:4]
@@ -357,12 +356,10 @@ def representations(name: str) -> Table:
 def dimensions(name: str, verdict: Cell = verdict_on) -> Table:
     """Which representations there are, for embeddings of several dimensions."""
     shown = ("apart", "placebo of apart", "uniform", "placebo of uniform")
-    rows = [row for row in experiment(f"{name}-*") if row["arm"] in shown]
-    rows = [row | {"D": row["seed"].split("-")[2]} for row in rows]
-    rows.sort(key=lambda row: int(row["D"]))
+    rows = [row for row in experiment(name) if row["arm"] in shown]
     table = [["D", "arm", "gap ratio", "rank", "directions with 95 %", "representation, seeds"]]
-    for key in dict.fromkeys((row["D"], row["arm"]) for row in rows):
-        some = [row for row in rows if (row["D"], row["arm"]) == key]
+    for key in dict.fromkeys((row["dim"], row["arm"]) for row in rows):
+        some = [row for row in rows if (row["dim"], row["arm"]) == key]
         columns = ("gap_ratio", "effective_rank", "subspace")
         ranges = [spread([rounded(row[column]) for row in some]) for column in columns]
         table.append([*key, *ranges, counted(some, verdict)])
@@ -402,7 +399,7 @@ def probes_of(name: str) -> Table:
 
 GROUPS = ("clouds", "sprites", "hues", "molecules", "proteins")
 OF_SPACE = ("clouds", "molecules", "proteins")
-PROBED = ("orientations", "similarities")
+MAX_PROBED_IMAGES = ("orientations", "similarities")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
@@ -503,7 +500,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "clouds-longer": partial(dimensions, "longer/representation-clouds"),
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
     **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},
-    **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in PROBED},
+    **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in MAX_PROBED_IMAGES},
     "similarities-longer": partial(probes_of, "longer/probe-similarities"),
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(

@@ -244,39 +244,55 @@ def options(
 
 
 def read(path: Path) -> list[Row]:
+    """Return the rows of a file, none if there is no file yet."""
+    if not path.exists():
+        return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def each_seed(
-    name: str, options: argparse.Namespace, run: Callable[[int, int], list[dict[str, object]]]
-) -> list[list[Row]]:
-    """Run the seeds that have no result yet, write theirs, and return the rows of all.
+def write(path: Path, rows: list[Row]) -> None:
+    """Write rows, which may have different columns; a file is replaced only when all is written."""
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(column for row in rows for column in row))
+        writer.writeheader()
+        writer.writerows(rows)
+    unfinished.replace(path)
 
-    A result is written when its seed is done, so a run that was stopped goes on where it was.
+
+def each_seed(
+    name: str,
+    options: argparse.Namespace,
+    run: Callable[[int, int], list[dict[str, object]]],
+    **settings: int,
+) -> list[list[Row]]:
+    """Run the seeds that have no result yet, add theirs to the file, and return the rows of all.
+
+    The file has a column for the seed, and one for each of the settings. It is written whenever a
+    seed is done, so you can resume an interrupted run.
     """
     options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{name}.csv"
     found = []
     for seed in tqdm(options.seed, desc=name, unit="seed"):
-        path = options.output / f"{name}-seed{seed}.csv"
-        if options.again or not path.exists():
+        key = {column: str(value) for column, value in (settings | {"seed": seed}).items()}
+        rows = [row for row in read(path) if key.items() <= row.items()]
+        if options.again or not rows:
             origin = {"steps": options.steps, "torch": torch.__version__}
-            rows = [row | origin for row in run(seed, options.steps)]
-            unfinished = path.with_suffix(".part")
-            with unfinished.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-            unfinished.replace(path)
-        rows = read(path)
+            new = [key | row | origin for row in run(seed, options.steps)]
+            rows = [{column: str(value) for column, value in row.items()} for row in new]
+            others = [row for row in read(path) if not key.items() <= row.items()]
+            in_order = sorted(others + rows, key=lambda row: [int(row[column]) for column in key])
+            write(path, in_order)
         arms = {row["arm"] for row in rows} - {"untrained"} if "arm" in options else set()
         was = {"steps": rows[0]["steps"], "arm": sorted(arms)}
         asked = {"steps": str(options.steps), "arm": sorted(getattr(options, "arm", []))}
         for option in was:
             if was[option] != asked[option]:
                 sys.exit(
-                    f"{path} was written with --{option} {was[option]}, got {asked[option]}: "
-                    "give --again to replace it, or another --output."
+                    f"seed {seed} of {path} was written with --{option} {was[option]}, got "
+                    f"{asked[option]}: give --again to replace it, or another --output."
                 )
         found.append(rows)
     return found

@@ -75,6 +75,7 @@ def representation(encoder: nn.Module, group: Group) -> dict[str, object]:
         "deviation": f"{deviation(shuffled=False):.4f}",
         "deviation, shuffled": f"{deviation(shuffled=True):.4f}",
     }
+    row["eigen-angles"] = ""
     if dim == DIM:  # that of the figure
         angles = (rotation_angles(r).rad2deg() for r in rotations[0][:HALF])
         row["eigen-angles"] = "; ".join(joined(some, ".0f") for some in angles)
@@ -119,7 +120,7 @@ def main() -> None:
         for dim in DIMS[name]:
             if str(dim) in found.dim:
                 run = partial(measured, GROUPS[name], found.arm, [measure, representation], dim=dim)
-                results = each_seed(f"representation-{name}-{dim}", found, run)
+                results = each_seed(f"representation-{name}", found, run, dim=dim)
                 if dim == DIM:
                     rows = [row for seed in results for row in seed]
                     draw_all(rows, found.output / f"representation-{name}.png")
