@@ -52,7 +52,7 @@ def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row
         return torch.autograd.grad(equivariance_loss(*views, chunks=chunks), views)
 
     def unread() -> tuple[Tensor, ...]:
-        with patch("care_loss._chunks.read", side_effect=RuntimeError):
+        with patch("care_loss._chunks.layout_of_ids", side_effect=RuntimeError):
             return step(ids)
 
     calls = {name: lambda chunks=chunks: step(chunks) for name, chunks in named.items()}

@@ -10,7 +10,7 @@ docs/cuda.md says which constant or choice of the code follows from which rows. 
 * values: how far the singular values of each solver are from those of LAPACK, and what it makes of
   values that are 0, in units of eps s_1. The largest of a batch.
 * solvers: the time of those solvers, of eigenvectors, and of LAPACK with the way to it and back.
-* determinant: whether `_determinant` is right where the QR decomposition of the device has another
+* determinant: whether `determinant` is right where the QR decomposition of the device has another
   convention than that of LAPACK, and other ways to it.
 * dense: InfoNCE, forward and backward, with a matrix of all products and by tiles of several sizes,
   for M = 2N rows. The error is that of the gradient, against float64.
@@ -34,17 +34,16 @@ from cuda import by_svd, graph, products_in, relative
 from measuring import Appended, Row, leaves, parser, timed
 from torch import Tensor
 
-from care_loss import CAREloss
-from care_loss._kernels import info_nce as kernel
+from care_loss import CAREloss, _polar
+from care_loss._autograd import info_nce as kernel
 from care_loss.functional import equivariance_loss, info_nce_loss
-from care_loss.rotation import _determinant, _sign_of_reflections, _svd
 
 SOLVERS: dict[str, Callable[[Tensor], Any]] = {
     "default": torch.linalg.svd,
     "gesvd": partial(torch.linalg.svd, driver="gesvd"),
     "gesvdj": partial(torch.linalg.svd, driver="gesvdj"),
     "gesvda": partial(torch.linalg.svd, driver="gesvda"),
-    "as in the code": _svd,
+    "as in the code": _polar.svd,
 }
 TILES = ((1024, 1024), (2048, 4096), (4096, 4096), (4096, 8192), (8192, 8192), (8192, 16384))
 Call = Callable[[], Any]
@@ -196,8 +195,8 @@ def determinant(device: str, quick: bool) -> Iterator[Row]:
         q = torch.cat((q, torch.stack((eye, -eye, eye.flip(0), first, last, eye.roll(1, 0)))))
         wanted = torch.linalg.det(q).round()
         ways = {
-            "as in the code": _determinant,
-            "geqrf": _sign_of_reflections,
+            "as in the code": _polar.determinant,
+            "geqrf": _polar.sign_of_reflections,
             "det": torch.linalg.det,
         }
         ways["slogdet"] = lambda x: torch.linalg.slogdet(x).sign

@@ -198,7 +198,8 @@ def main() -> None:
     start(options)
     if options.calculate:
         rows = list(calculate())
-        for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        header: Row = {name: name for name in rows[0]}
+        for row in [header, *rows]:
             print("".join(str(value).rjust(len(name) + 3) for name, value in row.items()))
         write_csv(options.csv, rows)
         return

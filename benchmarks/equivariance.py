@@ -60,7 +60,7 @@ def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row
         name: lambda loss=loss: torch.autograd.grad(loss(*views), views, allow_unused=True)
         for name, loss in losses.items()
     }
-    calls["matrix products alone"] = lambda: equivariance_products(*equal, chunks)
+    calls["matrix products alone"] = lambda: equivariance_products(*equal, chunks=chunks)
     seconds = take_turns(calls, rounds)
     return [
         {"N": n, "D": d, "chunks": chunks, "contender": name}

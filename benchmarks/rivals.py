@@ -47,12 +47,12 @@ def _authors_equivariance(z1: Tensor, z2: Tensor, chunks: int) -> Tensor:
 
 def authors_info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Their InfoNCE (their model normalises its output)."""
-    return _authors_info_nce(*_normalized(z1, z2), temperature)
+    return _authors_info_nce(*_normalized(z1, z2), temperature=temperature)
 
 
 def authors_equivariance(z1: Tensor, z2: Tensor, chunks: int) -> Tensor:
     """Their equivariance loss (`scale="authors"`), which drops the rows after equal chunks."""
-    return _authors_equivariance(*_normalized(z1, z2), chunks)
+    return _authors_equivariance(*_normalized(z1, z2), chunks=chunks)
 
 
 def authors(views: Tensor, temperature: float, weight: float, chunks: int) -> Tensor:
@@ -131,13 +131,16 @@ def products(views: Tensor, temperature: float, weight: float, chunks: int) -> T
     return (z @ z.mT)[0, 0] + (e @ e.mT)[0, 0, 0, 0]
 
 
+operators: torch.library.Library  # that torchvision needs, where it does
+
+
 def import_torchvision() -> None:
     """Import torchvision, which lightly and torchmetrics import.
 
     The CUDA build of torchvision looks for two operators that a CPU build of torch lacks
     (pytorch/vision #9077): declaring them is enough to import it.
     """
-    global operators
+    global operators  # declared for as long as the process lives
     try:
         import torchvision  # noqa: F401
     except RuntimeError:

@@ -117,13 +117,13 @@ def as_temperature(value: Any, device: torch.device) -> float | Tensor:
         )
     if value.device.type != "cpu":  # a single number may stay there
         check_on_device("temperature", value, device)
-    found = read(value, float)
-    if found is None:
+    number = read_on_cpu(value, float)
+    if number is None:
         return torch.where(value > 0, value, torch.nan)
-    if found <= 0:
+    if number <= 0:
         raise ValueError(
-            f"`temperature` must be > 0, got {found:.3g}: where it is learned, learn its logarithm "
-            "and pass .exp()."
+            f"`temperature` must be > 0, got {number:.3g}: where it is learned, learn its "
+            "logarithm and pass .exp()."
         )
     return value
 
@@ -275,7 +275,7 @@ def check_row_weights(weights: Any, name: str, rows: Tensor, names: str, leading
     check_on_device("weights", weights, rows.device, f"`{name}`")
     as_broadcast(names, leading, "weights", weights.shape[:-1])
     for extreme in (torch.amin, torch.amax):
-        value = read(weights, lambda w, extreme=extreme: float(extreme(w)))  # type: ignore[misc]
+        value = read_on_cpu(weights, lambda w, extreme=extreme: float(extreme(w)))  # type: ignore[misc]
         if value is not None and (value < 0 or value == math.inf):
             raise ValueError(
                 f"`weights` must be finite and >= 0, got {value}: set a weight to 0 to leave its "
@@ -283,7 +283,7 @@ def check_row_weights(weights: Any, name: str, rows: Tensor, names: str, leading
             )
 
 
-def read(x: Tensor, value: Callable[[Tensor], float]) -> float | None:
+def read_on_cpu(x: Tensor, value: Callable[[Tensor], float]) -> float | None:
     """Read a value where this costs nothing: on a CPU, outside of transforms."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return None

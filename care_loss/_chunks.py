@@ -6,13 +6,13 @@ from torch import Tensor
 TRACERS_KNOW = torch.__version__ >= (2, 8)  # type: ignore[operator]  # a TorchVersion
 
 
-def runs(chunks: int, n: int) -> list[tuple[int, int]]:
+def stack_sizes(chunks: int, n: int) -> list[tuple[int, int]]:
     """Cut `n >= 2` rows into contiguous chunks with the boundaries of `torch.tensor_split`.
 
-    Returns one or two pairs (k, n) for k chunks of n rows each, the longer chunks first.
+    Returns one or two stacks, pairs (k, n) of k chunks of n rows each, the longer chunks first.
     At most `n // 2` chunks are made, so that every chunk has two rows or more.
 
-    >>> runs(3, 11), runs(8, 13)
+    >>> stack_sizes(3, 11), stack_sizes(8, 13)
     ([(2, 4), (1, 3)], [(1, 3), (5, 2)])
     """
     chunks = min(chunks, n // 2)
@@ -20,13 +20,14 @@ def runs(chunks: int, n: int) -> list[tuple[int, int]]:
     return [(k, m) for k, m in ((longer, rows + 1), (chunks - longer, rows)) if k]
 
 
-def places(chunks: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def padded_rows(chunks: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the row numbers `(k, m)` of k chunks, which of them exist, and the lengths `(k, 1)`.
 
-    These are the chunks of :func:`runs`, all of the length m of the longest. The number of rows may
-    be a symbol of a tracer: all that depends on its value is whether there are rows for all chunks.
+    These are the chunks of :func:`stack_sizes`, all of the length m of the longest. The number of
+    rows may be a symbol of a tracer: all that depends on its value is whether there are rows for
+    all chunks.
 
-    >>> places(2, 5, torch.device("cpu"))[0]
+    >>> padded_rows(2, 5, torch.device("cpu"))[0]
     tensor([[0, 1, 2],
             [3, 4, 0]])
     """
@@ -53,47 +54,47 @@ def has_free_size(chunks: int, n: int) -> bool:
     return not known(n % chunks == 0) and not known(n % chunks != 0)
 
 
-def plan(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]] | None:
-    """Return how to cut `n` rows into chunks: the order to bring them into, and the runs.
+def layout(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]] | None:
+    """Return how to cut `n` rows into chunks: the order to bring them into, and the stacks.
 
-    The order is None where the rows stay as they are. There is no plan for ids that are not read:
+    The order is None where the rows stay as they are. There is no layout for ids that are not read:
     on a GPU reading makes the host wait, under `vmap` it is impossible, and a tracer would take the
     ids that it sees for constants.
     """
     if not isinstance(chunks, Tensor):
-        return None, runs(chunks, n)
+        return None, stack_sizes(chunks, n)
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if chunks.device.type != "cpu" or tracing:
         return None
     try:
-        return read(chunks)
+        return layout_of_ids(chunks)
     except RuntimeError:
         return None
 
 
-def read(ids: Tensor) -> tuple[Tensor | None, list[tuple[int, int]]]:
-    """Return the plan for chunks that ids `(N,)` name: long chunks first, then by ids.
+def layout_of_ids(ids: Tensor) -> tuple[Tensor | None, list[tuple[int, int]]]:
+    """Return the layout of chunks that ids `(N,)` name: long chunks first, then by ids.
 
     Rows whose id is unique are left out.
 
-    >>> read(torch.tensor([7, 5, 7, 5, 5, 9]))
+    >>> layout_of_ids(torch.tensor([7, 5, 7, 5, 5, 9]))
     (tensor([1, 3, 4, 0, 2]), [(1, 3), (1, 2)])
     """
     by_id, order = ids.sort(stable=True)
     lengths = by_id.unique_consecutive(return_counts=True)[1]
     counts = lengths.bincount().tolist()
-    cut = [(counts[m], m) for m in range(len(counts) - 1, 1, -1) if counts[m]]
-    if len(cut) > 1 or counts[1]:
+    stacks = [(counts[m], m) for m in range(len(counts) - 1, 1, -1) if counts[m]]
+    if len(stacks) > 1 or counts[1]:
         by_length = lengths.repeat_interleave(lengths).sort(stable=True, descending=True).indices
-        order = order[by_length][: sum(k * m for k, m in cut)]
+        order = order[by_length][: sum(k * m for k, m in stacks)]
     in_place = torch.equal(order, torch.arange(len(ids), device="cpu"))
-    return None if in_place else order, cut
+    return None if in_place else order, stacks
 
 
-def split(z: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
-    """Cut rows `(*, N, D)` into one stack of equally long chunks `(*, k, n, D)` for each run."""
-    stacks = z.split([k * m for k, m in runs], dim=-2)
-    return [stack.unflatten(-2, run) for stack, run in zip(stacks, runs, strict=True)]
+def split(z: Tensor, stacks: list[tuple[int, int]]) -> list[Tensor]:
+    """Cut rows `(*, N, D)` into stacks of equally long chunks, `(*, k, n, D)` each."""
+    parts = z.split([k * m for k, m in stacks], dim=-2)
+    return [part.unflatten(-2, stack) for part, stack in zip(parts, stacks, strict=True)]
 
 
 def members(chunks: int | Tensor, n: int) -> list[Tensor]:
@@ -101,4 +102,4 @@ def members(chunks: int | Tensor, n: int) -> list[Tensor]:
     if isinstance(chunks, Tensor):
         return [(chunks == chunk).nonzero().squeeze(-1) for chunk in chunks.unique()]
     rows = torch.arange(n, device="cpu")  # whatever the default device is
-    return list(rows.split([m for k, m in runs(chunks, n) for _ in range(k)]))
+    return list(rows.split([m for k, m in stack_sizes(chunks, n) for _ in range(k)]))

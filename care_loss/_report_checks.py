@@ -1,12 +1,17 @@
 """What the images, the encoder and its outputs must be for a report, and the errors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from care_loss._checks import check_floating, show
+
+
+class TransformationError(ValueError):
+    """What a transformation of the report has raised or returned that it must not."""
 
 
 def check_encoder(value: Any) -> None:
@@ -75,10 +80,15 @@ def check_enough_images(n: int) -> None:
         )
 
 
-def raise_failed(name: str, error: Exception) -> None:
-    """Name the transformation that raised an error, unless the error is one of ours."""
-    if f"transformations[{name!r}]" not in str(error):
-        raise ValueError(
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Name the transformation in the errors that it raises."""
+    try:
+        yield
+    except TransformationError:
+        raise
+    except Exception as error:
+        raise TransformationError(
             f"transformations[{name!r}] must map a tensor of images (n, ...) to such a tensor, for "
             f"any n and with one size, got {type(error).__name__}: {error}. Transforms of single "
             "images can be wrapped in a function that stacks what they return."
@@ -89,12 +99,12 @@ def as_transformed(name: str, value: Any, images: Tensor) -> Tensor:
     """Require that a transformation returned as many images of the same dtype, and return them."""
     n = len(images)
     if not isinstance(value, Tensor) or not value.ndim or len(value) != n:
-        raise ValueError(
+        raise TransformationError(
             f"transformations[{name!r}] must map a tensor of {n} images to a tensor of {n} images, "
             f"got {show(value)}: return one transformed image for each."
         )
     if value.dtype != images.dtype:
-        raise ValueError(
+        raise TransformationError(
             f"transformations[{name!r}] must keep the dtype of the images, {images.dtype}, got "
             f"{value.dtype}: convert and normalise in the encoder, or beforehand, because the "
             "clean images are embedded as they are."
@@ -105,40 +115,40 @@ def as_transformed(name: str, value: Any, images: Tensor) -> Tensor:
 def check_finite(name: str, view: Tensor) -> None:
     """Require finite images."""
     if view.is_floating_point() and not bool(view.isfinite().all()):
-        raise ValueError(
+        raise TransformationError(
             f"transformations[{name!r}] must return finite images, got NaN or infinity: check the "
             "range of values that it expects, and the images themselves."
         )
 
 
 def check_repeatable(
-    name: str, differ_within: bool, differ_again: bool, differ_alone: bool
+    name: str, differ_within: bool, differ_again: bool, differ_for_one: bool
 ) -> None:
     """Require that a transformation shared its draw, and drew it from generators that are seeded.
 
     The draw has to be the same a second time, and for a single image.
     """
     if differ_again:
-        raise ValueError(
+        raise TransformationError(
             f"transformations[{name!r}] must draw from the generators of torch, NumPy or random, "
             "got different images for one state of these: seed its own generator from "
             "random.getrandbits(32) in every call."
         )
     if differ_within:
-        raise ValueError(
+        raise TransformationError(
             f"transformations[{name!r}] must draw one augmentation for all images of a call, got "
             "different views of copies of one image: use torchvision.transforms.v2, or kornia with "
             "same_on_batch=True. The unshared control is made by the report."
         )
-    if differ_alone:
-        raise ValueError(
+    if differ_for_one:
+        raise TransformationError(
             f"transformations[{name!r}] must draw the same for any number of images, got another "
             "view for one image than for several: draw the parameters of the augmentation first, "
             "with a shape that does not depend on the batch."
         )
 
 
-def check_alone(z: Tensor, halves: Tensor) -> None:
+def check_batch_independent(z: Tensor, halves: Tensor) -> None:
     """Require that images have the same embeddings in one batch and in two."""
     difference = float(torch.linalg.vector_norm(z - halves))
     if not difference <= 0.02 * float(torch.linalg.vector_norm(z)):
@@ -180,7 +190,7 @@ def check_progress(progress: bool | None, installed: bool) -> None:
         )
 
 
-def check_found(rows: Sequence[Any], every: Sequence[Any], asked: tuple[Any, Any, Any]) -> None:
+def check_any_row(rows: Sequence[Any], every: Sequence[Any], asked: tuple[Any, Any, Any]) -> None:
     """Require that a report has the row that is asked for."""
     if not rows:
         keys = sorted({(r.transformation, r.output, r.against) for r in every})

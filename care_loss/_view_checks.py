@@ -84,7 +84,7 @@ def check_one_size(views: list[Tensor]) -> None:
         )
 
 
-def check_separate(views: list[Tensor]) -> None:
+def check_separate_memory(views: list[Tensor]) -> None:
     """Require that the outputs of a transform do not lie in the same memory."""
     places = [view.data_ptr() for view in views if view.numel() and not view.is_meta]
     if len(set(places)) < len(places):
@@ -140,6 +140,14 @@ def check_shared(differ_within: bool, differ_across: bool, count: int) -> None:
             f"`transform` must draw a new augmentation for each view, got {count} equal views: use "
             "a random transform, and an image that it changes."
         )
+
+
+def views_differ(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two views differ by more than rounding, 1e-4 of the range of their values."""
+    if a.shape != b.shape:
+        return True
+    a, b = a.cpu().double(), b.cpu().double()
+    return not bool((a - b).abs().max() <= 1e-4 * (b.max() - b.min()))
 
 
 def _size(image: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks, functional
-from care_loss._kernels.info_nce import (
+from care_loss._autograd.info_nce import (
     gradient_among,
     gradients_of_inputs,
     losses_among,
@@ -26,18 +26,18 @@ from care_loss._kernels.info_nce import (
     second_derivatives,
     temperature_of,
 )
-from care_loss._kernels.paths import (
+from care_loss._autograd.paths import (
     Input,
     Plain,
-    by_hand,
     is_batch_of_gradients,
     need_gradient,
+    use_autograd_function,
 )
-from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
+from care_loss._autograd.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, savable, without_autocast
 from care_loss.functional import Reduction
 
-_LONGEST = 1000  # bytes of a sentence that processes exchange
+_MAX_MESSAGE_BYTES = 1000  # bytes of a sentence that processes exchange
 _DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
@@ -185,8 +185,8 @@ def _exchanged(numbers: list[int], dtype: torch.dtype, group: Any) -> Tensor:
     """Return as many numbers of each process, `(processes, numbers)`, on the backend's device."""
     in_memory = dist.get_backend(group) in ("gloo", "mpi")
     device = "cpu" if in_memory else torch.accelerator.current_accelerator()
-    own = torch.tensor([numbers], dtype=dtype, device=device)
-    return _gather(own, group, [1] * dist.get_world_size(group))
+    tensor = torch.tensor([numbers], dtype=dtype, device=device)
+    return _gather(tensor, group, [1] * dist.get_world_size(group))
 
 
 def _agreed(name: str, x: Any, check: Callable[[], Input], group: Any) -> tuple[Input, list[int]]:
@@ -196,7 +196,7 @@ def _agreed(name: str, x: Any, check: Callable[[], Input], group: Any) -> tuple[
     `check`, is an error on all, and none waits for one that has failed.
     """
     _check_no_transform(torch._C._are_functorch_transforms_active())
-    refused, own = None, [-1, 0, 0, 0]
+    refused, description = None, [-1, 0, 0, 0]
     temperature: Input = 0.0
     try:
         temperature = check()
@@ -205,20 +205,20 @@ def _agreed(name: str, x: Any, check: Callable[[], Input], group: Any) -> tuple[
         # The dtype and the temperature, in float32, share a number.
         bits = int.from_bytes(struct.pack("<f", value), "little")
         kind = _DTYPES.index(x.dtype) << 32 | bits
-        own = [len(x), x.ndim, math.prod(x.shape[1:]), kind]
+        description = [len(x), x.ndim, math.prod(x.shape[1:]), kind]
     except (TypeError, ValueError) as error:
         refused = error
-    found = _exchanged(own, torch.int64, group).tolist()
-    broken = [rank for rank, row in enumerate(found) if row[0] < 0]
+    descriptions = _exchanged(description, torch.int64, group).tolist()
+    broken = [rank for rank, row in enumerate(descriptions) if row[0] < 0]
     if broken:
-        sentence = str(refused or "").encode()[:_LONGEST].ljust(_LONGEST)
+        sentence = str(refused or "").encode()[:_MAX_MESSAGE_BYTES].ljust(_MAX_MESSAGE_BYTES)
         sentences = _exchanged(list(sentence), torch.uint8, group).tolist()
         told = bytes(sentences[broken[0]]).decode(errors="ignore").strip()
         _raise_of_another_process(broken[0], told, refused)
-    _check_rows_of_processes(name, [(*row[1:3], _DTYPES[row[3] >> 32]) for row in found])
-    every = [struct.pack("<I", row[3] & 0xFFFFFFFF) for row in found]
+    _check_rows_of_processes(name, [(*row[1:3], _DTYPES[row[3] >> 32]) for row in descriptions])
+    every = [struct.pack("<I", row[3] & 0xFFFFFFFF) for row in descriptions]
     _check_one_temperature([struct.unpack("<f", bits)[0] for bits in every])
-    return temperature, [row[0] for row in found]
+    return temperature, [row[0] for row in descriptions]
 
 
 def _gather(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
@@ -244,7 +244,7 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def _own(sizes: list[int], group: Any) -> slice:
+def _own_rows(sizes: list[int], group: Any) -> slice:
     """Return where the rows of this process are among those of all."""
     rank = dist.get_rank(group)
     first = sum(sizes[:rank])
@@ -283,7 +283,7 @@ class _SumForOwner(Function):
         ctx.group, ctx.sizes = group, sizes
         total = x.clone(memory_format=torch.contiguous_format)  # all_reduce is in place
         dist.all_reduce(total, group=group)
-        return total[_own(sizes, group)].clone()
+        return total[_own_rows(sizes, group)].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -296,7 +296,7 @@ def _losses(z1: Tensor, z2: Tensor, check: Callable[[], Input], group: Any) -> T
     temperature, sizes = _agreed("z1", z1, check, group)
     z1, z2 = savable(z1, z2)
     plain = partial(_plain_losses, group)
-    if not by_hand(z1, z2, temperature):
+    if not use_autograd_function(z1, z2, temperature):
         return plain(z1, z2, temperature)
     derive = need_gradient(z1, z2, temperature)
     losses: Tensor = _InfoNCE.apply(z1, z2, temperature, group, sizes, plain, derive)  # type: ignore[no-untyped-call]
@@ -326,16 +326,16 @@ class _InfoNCE(Function):
         derive: bool,
     ) -> Tensor:
         rows = [2 * n for n in sizes]
-        own = _own(rows, group)
+        own = _own_rows(rows, group)
         with without_autocast(z1):
             everything = _gather(torch.cat((z1, z2)), group, rows)
         u, length = unit_rows(everything.to(computed_in(z1)))
         losses, total, mass = losses_among(u, own, temperature)
-        found = _gather(torch.stack((losses.flatten(), total.flatten()), -1), group, rows)
+        by_anchor = _gather(torch.stack((losses.flatten(), total.flatten()), -1), group, rows)
         if derive:
             ctx.own, ctx.sizes = own, sizes
-            save(ctx, z1, z2, temperature, plain, u, length[own], found[:, 1], mass)
-        by_rank = found[:, 0].to(u.dtype).split(rows)
+            save(ctx, z1, z2, temperature, plain, u, length[own], by_anchor[:, 1], mass)
+        by_rank = by_anchor[:, 0].to(u.dtype).split(rows)
         return torch.cat([part.view(2, -1) for part in by_rank], -1)
 
     @staticmethod
@@ -380,10 +380,10 @@ def _check_one_temperature(temperatures: Sequence[float]) -> None:
             )
 
 
-def _raise_of_another_process(rank: int, sentence: str, own: Exception | None) -> None:
+def _raise_of_another_process(rank: int, sentence: str, error: Exception | None) -> None:
     """Raise on all processes what one of them has refused."""
-    kind = type(own) if own else ValueError
-    raise kind(f"on process {rank}: {sentence}") from own
+    kind = type(error) if error else ValueError
+    raise kind(f"on process {rank}: {sentence}") from error
 
 
 def _check_no_transform(active: bool) -> None:

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
+from care_loss._autograd.gram_gap import gram_gap
+from care_loss._autograd.info_nce import info_nce
+from care_loss._autograd.paths import use_autograd_function
 from care_loss._checks import check_floating, check_on_device, show
-from care_loss._kernels.gram_gap import gram_gap
-from care_loss._kernels.info_nce import info_nce
-from care_loss._kernels.paths import by_hand
 from care_loss._numerics import computed_in, exact, savable, without_autocast
 from care_loss.sphere import normalize
 
@@ -98,7 +98,7 @@ def info_nce_loss(
         _check_queue(negatives, z1)
         return _info_nce_of_queue(z1, z2, temperature, negatives, mean)
     plain = partial(_info_nce, mean=mean)
-    if by_hand(z1, z2, temperature):
+    if use_autograd_function(z1, z2, temperature):
         return info_nce(z1, z2, temperature, mean=mean, plain=plain)
     return plain(z1, z2, temperature)
 
@@ -162,20 +162,20 @@ def equivariance_loss(
     z1, z2 = savable(z1, z2)
     mean = reduction == "mean"
     if not isinstance(chunks, Tensor) and _chunks.has_free_size(chunks, z1.shape[-2]):
-        loss = _gap_of_places(z1, z2, chunks, scale)
+        loss = _gap_of_padded_chunks(z1, z2, chunks, scale)
         return loss.mean() if mean else loss
-    plan = _chunks.plan(chunks, z1.shape[-2])
-    if plan is None:
+    layout = _chunks.layout(chunks, z1.shape[-2])
+    if layout is None:
         loss = _gap_by_id(z1, z2, cast(Tensor, chunks), scale)
         return loss.mean() if mean else loss
-    order, runs = plan
-    _checks.check_pairs(runs)
+    order, stacks = layout
+    _checks.check_pairs(stacks)
     if order is not None:
         order = order.to(z1.device, non_blocking=True)
-    weights = [_pair_weight(n, scale) for _, n in runs]
-    plain = partial(_gap_of_chunks, order=order, runs=runs, weights=weights, mean=mean)
-    if by_hand(z1, z2):
-        return gram_gap(z1, z2, order, runs, weights, mean=mean, plain=plain)
+    weights = [_pair_weight(n, scale) for _, n in stacks]
+    plain = partial(_gap_of_chunks, order=order, stacks=stacks, weights=weights, mean=mean)
+    if use_autograd_function(z1, z2):
+        return gram_gap(z1, z2, order, stacks, weights, mean=mean, plain=plain)
     return plain(z1, z2)
 
 
@@ -212,9 +212,9 @@ def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
     with without_autocast(z):
         squared_norm = u.square().sum(-1, keepdim=True)  # 1, or 0 for a zero row
         squared_distance = squared_norm + squared_norm.mT - 2 * u @ u.mT
-        own = torch.eye(n, dtype=torch.bool, device=z.device)
-        exponents = (-t * squared_distance).masked_fill(own, -torch.inf)
-        pairs = (~own).sum().to(u.dtype)  # not of the number n, which a tracer would keep
+        diagonal = torch.eye(n, dtype=torch.bool, device=z.device)
+        exponents = (-t * squared_distance).masked_fill(diagonal, -torch.inf)
+        pairs = (~diagonal).sum().to(u.dtype)  # not of the number n, which a tracer would keep
         loss = exponents.logsumexp((-2, -1)) - pairs.log()
     return loss.mean().to(computed_in(z))
 
@@ -271,11 +271,11 @@ def _info_nce(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, mean: bool
     u, v = _unit_rows(z1), _unit_rows(z2)
     with without_autocast(z1):
         scaled = u / temperature
-        own = torch.eye(z1.shape[-2], dtype=torch.bool, device=z1.device)
+        diagonal = torch.eye(z1.shape[-2], dtype=torch.bool, device=z1.device)
         # One block of products serves the anchors of both views, by rows and by columns.
-        across = (scaled @ v.mT).masked_fill_(own, -torch.inf)
-        within1 = (scaled @ u.mT).masked_fill_(own, -torch.inf)
-        within2 = (v / temperature @ v.mT).masked_fill_(own, -torch.inf)
+        across = (scaled @ v.mT).masked_fill_(diagonal, -torch.inf)
+        within1 = (scaled @ u.mT).masked_fill_(diagonal, -torch.inf)
+        within2 = (v / temperature @ v.mT).masked_fill_(diagonal, -torch.inf)
         negative1 = torch.logaddexp(within1.logsumexp(-1), across.logsumexp(-1))
         negative2 = torch.logaddexp(within2.logsumexp(-1), across.logsumexp(-2))
         negative = torch.stack((negative1, negative2), -2)
@@ -306,27 +306,30 @@ def _gap_of_chunks(
     z2: Tensor,
     *,
     order: Tensor | None,
-    runs: list[tuple[int, int]],
+    stacks: list[tuple[int, int]],
     weights: list[float],
     mean: bool,
 ) -> Tensor:
     """Return the loss of chunks, from the Gram matrices of each."""
     if order is not None:
         z1, z2 = (z.index_select(-2, order) for z in (z1, z2))
-    u, v = (_chunks.split(_exact_unit_rows(z), runs) for z in (z1, z2))
+    u, v = (_chunks.split(_exact_unit_rows(z), stacks) for z in (z1, z2))
     gaps = [_squared_gap(p, q).sum((-2, -1)) * w for p, q, w in zip(u, v, weights, strict=True)]
     loss = torch.cat(gaps, -1).to(computed_in(z1))
     return loss.mean() if mean else loss
 
 
-def _gap_of_places(z1: Tensor, z2: Tensor, chunks: int, scale: Scale) -> Tensor:
-    rows, exist, lengths = _chunks.places(chunks, z1.shape[-2], z1.device)
+def _gap_of_padded_chunks(z1: Tensor, z2: Tensor, chunks: int, scale: Scale) -> Tensor:
+    """Return the loss of each chunk, where the number of rows may be a symbol of a tracer."""
+    rows, exist, lengths = _chunks.padded_rows(chunks, z1.shape[-2], z1.device)
     # A row that does not exist is 0, and so are its products.
     taken = (z.index_select(-2, rows.flatten()).unflatten(-2, rows.shape) for z in (z1, z2))
     u, v = (_exact_unit_rows(z.masked_fill(~exist.unsqueeze(-1), 0)) for z in taken)
-    own = rows.unsqueeze(-1) == rows.unsqueeze(-2)  # an eye would make exporters compare strides
+    diagonal = rows.unsqueeze(-1) == rows.unsqueeze(
+        -2
+    )  # an eye would make exporters compare strides
     weight = _pair_weight(lengths.to(u.dtype), scale).squeeze(-1)
-    return (_squared_gap(u, v, own).sum((-2, -1)) * weight).to(computed_in(z1))
+    return (_squared_gap(u, v, diagonal).sum((-2, -1)) * weight).to(computed_in(z1))
 
 
 def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
@@ -334,8 +337,8 @@ def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
     ids = ids.to(z1.device, non_blocking=True)
     together = ids.unsqueeze(-1) == ids
     n = together.sum(-1)  # for each row, the size of its chunk
-    alone = (n == 1).unsqueeze(-1)
-    u, v = (_exact_unit_rows(z.masked_fill(alone, 0)) for z in (z1, z2))
+    unpaired = (n == 1).unsqueeze(-1)
+    u, v = (_exact_unit_rows(z.masked_fill(unpaired, 0)) for z in (z1, z2))
     n = n.to(u.dtype)
     # The clamp keeps rows without a partner finite; no pair carries their weight.
     weight = together * _pair_weight(n.clamp_min(2), scale)
@@ -343,12 +346,12 @@ def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
     return ((_squared_gap(u, v) * weight).sum((-2, -1)) / chunks).to(computed_in(z1))
 
 
-def _squared_gap(u: Tensor, v: Tensor, own: Tensor | None = None) -> Tensor:
+def _squared_gap(u: Tensor, v: Tensor, diagonal: Tensor | None = None) -> Tensor:
     """Square the differences of Gram matrices off the diagonal, `(*, n, D)` -> `(*, n, n)`."""
-    if own is None:
-        own = torch.eye(u.shape[-2], dtype=torch.bool, device=u.device)
+    if diagonal is None:
+        diagonal = torch.eye(u.shape[-2], dtype=torch.bool, device=u.device)
     with without_autocast(u):
-        return (u @ u.mT - v @ v.mT).masked_fill(own, 0).square()
+        return (u @ u.mT - v @ v.mT).masked_fill(diagonal, 0).square()
 
 
 def _pair_weight(n: Size, scale: Scale) -> Size:

@@ -105,7 +105,7 @@ class EquivarianceLoss(nn.Module):
         return _arguments(self, "chunks", "scale", "reduction")
 
 
-class CARELossComponents(NamedTuple):
+class CARElossComponents(NamedTuple):
     """The parts of the CARE loss, each `()`: `loss = base + equivariance_weight * equivariance`.
 
     Attributes:
@@ -228,7 +228,7 @@ class CAREloss(nn.Module):
         equivariant2: Tensor | None = None,
         *,
         chunks: int | Tensor | None = None,
-    ) -> CARELossComponents:
+    ) -> CARElossComponents:
         """Return the loss and its two parts, all with gradient.
 
         Args:
@@ -254,7 +254,7 @@ class CAREloss(nn.Module):
         equivariance = equivariance_loss(first, second, chunks=chunks, scale=self.scale)
         weight = _checks.as_number("equivariance_weight", self.equivariance_weight, or_zero=True)
         loss = base + weight * equivariance
-        return CARELossComponents(loss, base, equivariance)
+        return CARElossComponents(loss, base, equivariance)
 
     def _arguments(
         self,
@@ -275,8 +275,8 @@ class CAREloss(nn.Module):
                 leading=False, equivariant1=equivariant1, equivariant2=equivariant2
             )
         chunks = _checks.as_chunks(chunks, len(equivariant1), equivariant1.device)
-        if self.gather_distributed and (plan := _chunks.plan(chunks, len(equivariant1))):
-            _checks.check_pairs(plan[1])
+        if self.gather_distributed and (layout := _chunks.layout(chunks, len(equivariant1))):
+            _checks.check_pairs(layout[1])
         return equivariant1, equivariant2, chunks
 
     def extra_repr(self) -> str:

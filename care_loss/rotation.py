@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from care_loss import _checks
 from care_loss._checks import (
@@ -34,13 +33,15 @@ from care_loss._checks import (
     check_row_weights,
     check_same_dtype_and_device,
 )
-from care_loss._numerics import (
-    computed_in,
-    exact,
-    function,
-    normal,
-    refuse_nested_forward_mode,
-    savable,
+from care_loss._numerics import computed_in, exact, normal, savable
+from care_loss._polar import (
+    any_true,
+    determinant,
+    polar,
+    polished,
+    rounding_noise,
+    svd,
+    with_last_times,
 )
 
 
@@ -139,18 +140,15 @@ def fit_rotation(
         rotation = torch.cat([(strip.mT @ right).to(dtype) for strip in left.split(512, -1)], -2)
         rotation.diagonal(dim1=-2, dim2=-1).add_(1)
         if dtype == x.dtype and 8 * n >= d:  # elsewhere the cast to `dtype` is the larger error
-            rotation = rotation + (_polished(rotation.detach()) - rotation.detach())
+            rotation = _with_value(rotation, polished(rotation.detach()))
         mapped = x + x @ left.detach().mT @ right.detach()
         gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
     else:
         m = a.mT @ b
-        floor = _noise(m, max(n, d))
-        rotation, _, values = _polar(
-            m, special=special, full=True, tie=8 * eps, floor=floor, rows=n
-        )
-        # I - R is exact next to I, and so is R + (I - R).
+        floor = rounding_noise(m, max(n, d))
+        rotation, _, values = polar(m, special=special, full=True, tie=8 * eps, floor=floor, rows=n)
         identity = torch.eye(d, dtype=x.dtype, device=x.device)
-        rotation = rotation + (identity - rotation.detach()).masked_fill(~equal, 0)
+        rotation = _with_value(rotation, torch.where(equal, identity, rotation.detach()))
         mapped = x @ rotation.detach()
         rotation = rotation.to(dtype)
         gap = _gap(values, special, eps, max(n, d))
@@ -198,7 +196,7 @@ def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
     x = x / _or_1(x.detach().abs().amax((-2, -1), keepdim=True))
     eps = torch.finfo(computed_in(matrix)).eps
     zero = min(8, x.shape[-1]) * eps
-    return _polar(x, special=special, full=True, zero=zero, tie=8 * eps)[0].to(matrix.dtype)
+    return polar(x, special=special, full=True, zero=zero, tie=8 * eps)[0].to(matrix.dtype)
 
 
 def random_orthogonal(
@@ -241,7 +239,7 @@ def random_orthogonal(
     # R with a positive diagonal makes Q unique, and so as uniform as the Gaussian matrix.
     q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
     if special:
-        q = _with_last_times(q, _determinant(q)[..., None, None])
+        q = with_last_times(q, determinant(q)[..., None, None])
     return q.to(dtype)
 
 
@@ -271,7 +269,7 @@ def rotation_angles(rotation: Tensor) -> Tensor:
     """
     _checks.check_square(rotation=rotation)
     r = _orthogonal_or_nan(rotation)
-    reflection = (_determinant(r) < 0).unsqueeze(-1)
+    reflection = (determinant(r) < 0).unsqueeze(-1)
     return _angles(r).masked_fill(reflection, torch.nan).to(rotation.dtype)
 
 
@@ -303,7 +301,7 @@ def rotation_distance(rotation1: Tensor, rotation2: Tensor) -> Tensor:
     _checks.check_square(rotation1=rotation1, rotation2=rotation2)
     r = _orthogonal_or_nan(rotation1).mT @ _orthogonal_or_nan(rotation2)
     distance: Tensor = torch.linalg.vector_norm(_angles(r), dim=-1)
-    differ = (_determinant(r) < 0) & ~distance.isnan()
+    differ = (determinant(r) < 0) & ~distance.isnan()
     return distance.masked_fill(differ, torch.inf).to(rotation1.dtype)
 
 
@@ -323,8 +321,8 @@ def _angles(r: Tensor) -> Tensor:
     identity = torch.eye(d, dtype=r.dtype, device=r.device)
     # Singular values come in pairs; in odd dimensions the smallest of R - I is alone, and is 0.
     # Not svdvals: without vectors, LAPACK has returned one of a pair with an error of 52 eps.
-    sines = _svd(r - identity)[1][..., : d // 2 * 2 : 2]
-    cosines = _svd(r + identity)[1].flip(-1)[..., : d // 2 * 2 : 2]
+    sines = svd(r - identity)[1][..., : d // 2 * 2 : 2]
+    cosines = svd(r + identity)[1].flip(-1)[..., : d // 2 * 2 : 2]
     return (2 * torch.atan2(sines, cosines)).masked_fill(broken.squeeze(-1), torch.nan)
 
 
@@ -338,12 +336,20 @@ def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size_x, size_y = (z.detach().abs().amax(-1, keepdim=True) for z in (x, y))
     w = w.unsqueeze(-1)
     most_x, most_y, most_w = (z.detach().amax(-2, keepdim=True) for z in (size_x, size_y, w))
-    share = (w / _or_1(most_w)) * (size_x / _or_1(most_x)) * (size_y / _or_1(most_y))
-    share = share / _or_1(share.detach().amax(-2, keepdim=True))
+    weight = (w / _or_1(most_w)) * (size_x / _or_1(most_x)) * (size_y / _or_1(most_y))
+    weight = weight / _or_1(weight.detach().amax(-2, keepdim=True))
     unit = _or_1(torch.maximum(most_x, most_y))
-    a, b = x / _or_1(size_x), y / _or_1(size_y) * share
+    a, b = x / _or_1(size_x), y / _or_1(size_y) * weight
     squares = (a.detach().square().sum(-1) * b.detach().square().sum(-1)).sum(-1)
     return a, b / _or_1(squares.sqrt())[..., None, None], unit
+
+
+def _with_value(x: Tensor, value: Tensor) -> Tensor:
+    """Return a value with the gradient of `x`.
+
+    The two are near each other, or equal: their difference is exact, and so is the sum.
+    """
+    return x + (value - x).detach()
 
 
 def _or_1(x: Tensor) -> Tensor:
@@ -392,25 +398,27 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, equal: Tensor) -> tuple[T
     whole.
     """
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    f, _, _ = _polar(x)
-    v, _, _ = _polar(x @ f.mT @ y, floor=_noise(x, x.shape[-1]))
+    f, _, _ = polar(x)
+    v, _, _ = polar(x @ f.mT @ y, floor=rounding_noise(x, x.shape[-1]))
     # Dependent rows leave fewer than N directions: the frames are 0 on the others, and o is 1.
     kept = v @ v.mT
     u = kept @ f
-    o, basis, values = _polar(u @ v.mT + 2 * (identity - kept), special=special, full=True)
-    if special and _any(values[..., -1:] < -0.5):
+    o, basis, values = polar(u @ v.mT + 2 * (identity - kept), special=special, full=True)
+    if special and any_true(values[..., -1:] < -0.5):
         o, direction = _with_better_flip(o, u, v, basis, values)
         middle = _with_unit_part(v + o.mT @ u, v - o.mT @ u, v, direction)
     else:
         middle = v + o.mT @ u
     # Its singular values are at least 1: what is far smaller is noise in the directions that
     # dependent rows lack.
-    h, _, _ = _polar(middle, floor=0.5 * torch.finfo(x.dtype).eps ** 0.5)
+    h, _, _ = polar(middle, floor=0.5 * torch.finfo(x.dtype).eps ** 0.5)
     turned = (identity + o.mT) @ v
     reflected = 2 * (h @ v.mT) @ turned - 2 * h
     # The rotation is 1 + h.mT @ reflected - v.mT @ turned. In these differences it is a sum of two
     # products, each of which has a factor that is 0 for equal inputs, but for rounding.
-    apart, rest = (z - z.detach().masked_fill(~equal, 0) for z in (h - v, reflected - turned))
+    apart, rest = (
+        _with_value(z, z.detach().masked_fill(equal, 0)) for z in (h - v, reflected - turned)
+    )
     return torch.cat((apart, v.expand_as(h)), -2), torch.cat((reflected, rest), -2)
 
 
@@ -430,11 +438,11 @@ def _with_better_flip(
     aligned = rotation - 2 * last @ first.mT  # without the flip
     # Where dependent rows lack directions, both frames are 0 but for rounding.
     across = frame @ frame.mT @ (frame - aligned.mT @ u.detach())
-    directions, sines, _ = _svd(across)
-    apart = (sines[..., :1] > 2 * _noise(v, v.shape[-1])) & (values[..., -1:] < -0.5)
+    directions, sines, _ = svd(across)
+    apart = (sines[..., :1] > 2 * rounding_noise(v, v.shape[-1])) & (values[..., -1:] < -0.5)
     direction = torch.where(apart.unsqueeze(-1), directions[..., :1], first)
     flipped = aligned - 2 * aligned @ direction @ direction.mT
-    return o + (flipped - rotation), direction
+    return _with_value(o, flipped), direction
 
 
 def _with_unit_part(middle: Tensor, across: Tensor, v: Tensor, direction: Tensor) -> Tensor:
@@ -455,279 +463,14 @@ def _with_unit_part(middle: Tensor, across: Tensor, v: Tensor, direction: Tensor
     nearly_opposite = square > 2  # and so both have this direction, and the division is safe
     tilt = (part.detach() * other).sum(-1, keepdim=True) / square.clamp_min(2) * other
     length = torch.linalg.vector_norm(part.detach() - tilt, dim=-1, keepdim=True)
-    opposite = length <= 2 * _noise(v, v.shape[-1])
+    opposite = length <= 2 * rounding_noise(v, v.shape[-1])
     axis = v.square().sum(-2).argmin(-1, keepdim=True)
     along = torch.gather(v, -1, axis.unsqueeze(-2).expand(*v.shape[:-1], 1))
-    normal: Tensor = torch.zeros_like(v[..., 0, :]).scatter(-1, axis, 1.0) - (along * v).sum(-2)
-    normal = normal / torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
+    outside: Tensor = torch.zeros_like(v[..., 0, :]).scatter(-1, axis, 1.0) - (along * v).sum(-2)
+    outside = outside / torch.linalg.vector_norm(outside, dim=-1, keepdim=True)
     unit = (part - tilt) / length.masked_fill(opposite, 1)
-    unit = torch.where(opposite, part + normal.unsqueeze(-2), unit)
+    unit = torch.where(opposite, part + outside.unsqueeze(-2), unit)
     return middle + direction @ torch.where(nearly_opposite, unit - part, 0)
-
-
-def _polar(
-    x: Tensor,
-    *,
-    special: bool = False,
-    full: bool = False,
-    zero: float = 0.0,
-    tie: float = 0.0,
-    floor: float = 0.0,
-    rows: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the orthogonal polar factor of matrices `(*, N, D)` with `N <= D`.
-
-    Without `full` it is a partial isometry: 0 where the matrix is 0. With it (`N = D`) it is
-    orthogonal, the nearest to the identity where singular values are 0, and of determinant 1 where
-    `special`. Which singular values s_i count as 0 or as equal, with the largest s_1:
-
-    ========  ===================================  ==============================================
-    `noise`   s_i <= noise s_1 is 0                always: what rounding makes of a 0
-    `floor`   s_i <= floor is 0 (an absolute       by fits: their rows have the size 1, and what
-              size)                                is far smaller is rounding of the rows
-    `zero`    s_i + ... + s_N <= zero s_1 is 0     by `nearest_orthogonal`: a sum that is lost in
-                                                   the rounding of the objective
-    `tie`     s_i - s_N <= tie s_1 is equal        by both: 8 eps of the dtype of the result
-    ========  ===================================  ==============================================
-
-    Returns:
-        The factor `(*, N, D)`, the eigenvectors `(*, N, N)` of `x @ factor.mT`, and its eigenvalues
-        `(*, N)`, descending: the singular values, the last with a sign where `special`. Only the
-        factor has a derivative.
-    """
-    noise = _noise(x, max(rows, *x.shape[-2:]))
-    polar = function(_Polar, _ForwardPolar)
-    return polar.apply(x, special, full, zero, torch.sym_max(tie, noise), floor, noise)  # type: ignore[no-any-return]
-
-
-def _noise(x: Tensor, size: int) -> float:
-    """Return what rounding makes of a singular value of 0, relative to the largest.
-
-    Seen with LAPACK: up to 3.4 eps for D = 2, 4.6 eps for 128 and 10.1 eps for 1024.
-    """
-    root: float = size**0.5  # math.sqrt would take a symbol of a tracer for a number
-    return (4 + root) * torch.finfo(x.dtype).eps
-
-
-def _error_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | float:
-    """Return how much singular values `(*, N)` of `x` may be wrong beyond `_noise`, `(*, 1)`.
-
-    That of LAPACK is known. Solvers of other devices iterate until they decide to stop: the lengths
-    of x v_i - s_i u_i say how far the values are from what `x` makes of their vectors. The longest
-    counts for all values, so that those taken for 0, or for equal, are always the last ones.
-    """
-    if _by_lapack(x):
-        return 0.0
-    rest = torch.linalg.vector_norm(x @ vh.mT - u * s.unsqueeze(-2), dim=-2)
-    error: Tensor = rest.amax(-1, keepdim=True)
-    return error
-
-
-def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin decomposition u, s, vh of matrices `(*, N, D)`."""
-    if _by_lapack(x):
-        u, s, vh = torch.linalg.svd(x.cpu(), full_matrices=False)
-        return u.to(x.device), s.to(x.device), vh.to(x.device)
-    # CUDA's default misses singular values of 512 x 512 by 1000 eps, and gesvd by 50. ROCm, which
-    # calls itself cuda too, has no choice of drivers.
-    is_large = x.is_cuda and min(x.shape[-2:]) > 256
-    driver = "gesvd" if is_large and torch.version.cuda else None
-    return torch.linalg.svd(x, full_matrices=False, driver=driver)  # type: ignore[no-any-return]
-
-
-def _by_lapack(x: Tensor) -> bool:
-    """Whether LAPACK decomposes these matrices: on a CPU, and those of middle size of a GPU.
-
-    CUDA takes those of up to 32 x 32 as one batch, and larger ones one by one, which is slower than
-    LAPACK up to 128 x 128, as slow at 256 x 256, and less exact (docs/cuda.md).
-    """
-    middle = max(x.shape[-2:]) > 32 and min(x.shape[-2:]) <= 256
-    return x.device.type == "cpu" or (x.is_cuda and middle)
-
-
-def _polished(factor: Tensor) -> Tensor:
-    """Take one step of Newton and Schulz, which removes most of the rounding errors."""
-    return 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
-
-
-def _toward_identity(p: Tensor, q: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the singular vectors of the value 0 that bring `p @ q.mT` nearest to the identity."""
-    block = null.unsqueeze(-1) & null.unsqueeze(-2)
-    identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-    # Null directions come last, and so do the singular values of their block: none exceeds 1.
-    a, _, bh = _svd(torch.where(block, p.mT @ q, 2 * identity))
-    return p @ torch.where(block, a, identity), q @ torch.where(block, bh.mT, identity)
-
-
-def _best_to_flip_last(p: Tensor, q: Tensor, tied: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn tied singular vectors so that flipping the last costs `p @ q.mT` the least trace."""
-    block = tied.unsqueeze(-1) & tied.unsqueeze(-2)
-    identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-    # The symmetric part has eigenvalues in [-1, 1], which + 2 makes singular values: they descend,
-    # and the tied directions come last, as the others have 4. CUDA's eigh fails for large batches.
-    trace = q.mT @ p
-    e, _, _ = _svd(torch.where(block, (trace + trace.mT) / 2, 2 * identity) + 2 * identity)
-    e = torch.where(block, e, identity)
-    return p @ e, q @ e
-
-
-def _sign_of_reflections(q: Tensor) -> Tensor:
-    """Return 1 or -1 for an even or odd number of reflections in a QR decomposition."""
-    reflectors, scales = torch.geqrf(q)
-    negative = reflectors.diagonal(dim1=-2, dim2=-1) < 0
-    odd = (negative.sum(-1) + (scales != 0).sum(-1)) % 2
-    return 1 - 2 * odd.to(q.dtype)
-
-
-@torch.library.custom_op("care_loss::determinant", mutates_args=())
-def _determinant(q: Tensor) -> Tensor:
-    """Return the determinant of orthogonal matrices `(*, D, D)`, 1 or -1.
-
-    It counts the reflections of a QR decomposition. In float32 `det` underflows (to 0 from D = 384
-    on), and `slogdet` shares its LU decompositions, which can be wrong for batches: with torch
-    2.13, MKL and two threads they are, from D = 256 on. On CUDA `geqrf` takes matrices one by one,
-    and `slogdet` is right (docs/cuda.md). An operator, as torch.compile does not know the shapes
-    of `geqrf`.
-    """
-    if q.is_cuda:
-        sign: Tensor = torch.linalg.slogdet(q).sign
-        return sign
-    return _sign_of_reflections(q)
-
-
-@_determinant.register_fake
-def _(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:-2])
-
-
-@_determinant.register_vmap
-def _(info: Any, in_dims: Any, q: Tensor) -> Any:
-    return _determinant(q.movedim(in_dims[0], 0)), 0
-
-
-def _with_last_times(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.cat((x[..., :-1], x[..., -1:] * factor), -1)
-
-
-def _any(mask: Tensor) -> bool:
-    """Tell whether anything is true; where values cannot be read, something may be."""
-    if torch.compiler.is_compiling() or mask.is_meta:
-        return True
-    try:
-        return bool(mask.any())
-    except RuntimeError:  # under vmap there is no single value
-        return True
-
-
-class _Polar(Function):
-    """The polar factor, with a derivative that is its own transpose.
-
-    With h = x factorᵀ and the solution w of h w + w h = dx factorᵀ - factor dxᵀ it is w factor, and
-    for what leaves the row space of a partial isometry, h⁺ dx (1 - factorᵀ factor).
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor, special: bool, full: bool, zero: float, tie: float, floor: float, noise: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        broken = ~x.sum((-2, -1), keepdim=True).isfinite()
-        # The transpose lies in memory as LAPACK wants it.
-        transposed = x.masked_fill(broken, 0).mT
-        q, s, ph = _svd(transposed)
-        p, top = ph.mT, s[..., :1]
-        unknown = _error_of_solver(transposed, q, s, ph)
-        tail = s.flip(-1).cumsum(-1).flip(-1)
-        null = (tail <= zero * top) | (s <= (noise * top).clamp_min(floor) + unknown)
-        s = s.masked_fill(null, 0)
-        if not full:
-            q = q.masked_fill(null.unsqueeze(-2), 0)
-        elif _any(null):
-            p, q = _toward_identity(p, q, null)
-        if special:
-            sign = _determinant(p @ q.mT).unsqueeze(-1)
-            tied = (s - s[..., -1:] <= tie * top + 2 * unknown) & ~null[..., -1:] & (sign < 0)
-            if _any(tied[..., :-1]):
-                p, q = _best_to_flip_last(p, q, tied)
-            s = torch.where(tied, s[..., -1:], s)
-            p = _with_last_times(p, sign.unsqueeze(-1))
-            s = _with_last_times(s, sign)
-        factor = _polished(p @ q.mT).masked_fill(broken, torch.nan)
-        return factor, p, s.masked_fill(broken[..., 0], torch.nan)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, ctx.full, *_ = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, *output)
-        ctx.save_for_forward(x, *output)
-
-    @staticmethod
-    def backward(ctx: Any, step: Tensor, *_: Any) -> Any:
-        x, factor, basis, values = ctx.saved_tensors
-        h, k = x @ factor.mT, step @ factor.mT
-        sums = values.unsqueeze(-1) + values.unsqueeze(-2)
-        # Only sums of singular values are divided by, so equal ones do no harm. Where a sum is 0
-        # the factor may turn freely, and has no derivative. The forward has made those sums exactly
-        # 0 that are 0 but for rounding.
-        inverse = torch.where(sums > 0, 1 / sums, 0)
-        result = _solve(h, k - k.mT, basis, inverse) @ factor
-        if not ctx.full:
-            kept = basis * (values > 0).to(basis.dtype).unsqueeze(-2)
-            pseudoinverse = _solve(h, 2 * kept @ basis.mT, basis, inverse)
-            result = result + pseudoinverse @ (step - k @ factor)
-        return result, *6 * [None]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, *settings: Any) -> Any:
-        x = x.movedim(in_dims[0], 0)
-        return function(_Polar, _ForwardPolar).apply(x, *settings), (0, 0, 0)
-
-
-class _ForwardPolar(_Polar):
-    @staticmethod
-    def jvp(ctx: Any, step: Tensor, *_: Any) -> Any:
-        refuse_nested_forward_mode()
-        return _Polar.backward(ctx, step)[0], None, None
-
-
-def _solve(h: Tensor, k: Tensor, basis: Tensor, inverse: Tensor) -> Tensor:
-    return function(_Solve, _ForwardSolve).apply(h, k, basis, inverse)  # type: ignore[no-any-return]
-
-
-class _Solve(Function):
-    """The solution x of h x + x h = k, for symmetric h.
-
-    The columns of `basis` are the eigenvectors of h, and `inverse` has the reciprocals of the sums
-    of its eigenvalues. The derivatives solve the same equation: they are finite to every order,
-    where those of eigenvectors are not.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(h: Tensor, k: Tensor, basis: Tensor, inverse: Tensor) -> Tensor:
-        return basis @ (inverse * (basis.mT @ k @ basis)) @ basis.mT
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        h, _, *factors = inputs
-        ctx.save_for_backward(h, output, *factors)
-        ctx.save_for_forward(h, output, *factors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        h, x, *factors = ctx.saved_tensors
-        grad = _solve(h, grad, *factors)
-        return -grad @ x.mT - x.mT @ grad, grad, None, None
-
-
-class _ForwardSolve(_Solve):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx: Any, dh: Tensor, dk: Tensor, *_: Any) -> Any:
-        h, x, *factors = ctx.saved_tensors
-        return _solve(h, dk - dh @ x - x @ dh, *factors)
 
 
 def _check_rows_to_fit(source: Any, target: Any, weights: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from care_loss import _checks
+from care_loss._autograd.unit_rows import largest_entries
 from care_loss._checks import (
     as_broadcast,
     check_floating,
@@ -32,10 +33,9 @@ from care_loss._checks import (
     check_row_weights,
     check_same_dtype_and_device,
     is_real,
-    read,
+    read_on_cpu,
     show,
 )
-from care_loss._kernels.unit_rows import largest_entries
 from care_loss._numerics import (
     computed_in,
     exact,
@@ -538,7 +538,7 @@ def _check_vectors(**tensors: Any) -> None:
 def _check_unit(**tensors: Tensor) -> None:
     """Require unit vectors, or zero vectors, where their lengths can be read."""
     for name, x in tensors.items():
-        length = read(x, _length_farthest_from_1)
+        length = read_on_cpu(x, _length_farthest_from_1)
         if length is not None and abs(length - 1) > 0.01:
             raise ValueError(
                 f"`{name}` must contain unit vectors along the last dimension, got one of length "

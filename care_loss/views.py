@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from care_loss import _checks, _chunks, _draws, _view_checks
+from care_loss import _checks, _chunks, _rng, _view_checks
 
 # Any, though it returns a tensor: jsonargparse takes a class here for one to be instantiated, and
 # expects a subclass of what the callable returns.
@@ -97,7 +97,7 @@ def augment_chunks(
     if _checks.as_boolean("check", check):
         _check_once(transform, images, max(map(len, members)))
     outputs = [_view_checks.as_views(transform(images[rows]), len(rows)) for rows in members]
-    _view_checks.check_separate(outputs)
+    _view_checks.check_separate_memory(outputs)
     _view_checks.check_one_size([output[0] for output in outputs])
     view, order = torch.cat(outputs), torch.cat(members)
     if isinstance(chunks, Tensor):
@@ -269,7 +269,7 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
     for one in images:
         views: list[list[Tensor]] = []
         while len(views) < 16 or (
-            len(views) < 128 and not _draws.differ(views[-1][0], views[0][0])
+            len(views) < 128 and not _view_checks.views_differ(views[-1][0], views[0][0])
         ):
             views.append(_copies(transform, one, batched))
         copies = [copy for view in views for copy in view]
@@ -277,8 +277,10 @@ def assert_shared(transform: Callable[[Any], Tensor], image: Any, *, batched: bo
             sum(not bool(copy.isfinite().all()) for copy in copies), len(copies)
         )
         _view_checks.check_one_size(copies)
-        within = any(_draws.differ(copy, view[0]) for view in views for copy in view[1:])
-        across = any(_draws.differ(view[0], views[0][0]) for view in views[1:])
+        within = any(
+            _view_checks.views_differ(copy, view[0]) for view in views for copy in view[1:]
+        )
+        across = any(_view_checks.views_differ(view[0], views[0][0]) for view in views[1:])
         _view_checks.check_shared(within, across, len(views))
 
 
@@ -292,11 +294,11 @@ def _check_once(transform: Callable[[Tensor], Tensor], images: Tensor, n: int) -
         return
     values = images.detach().flatten(1)
     image = images[(values.amax(-1) - values.amin(-1)).argmax()]  # a constant one may hide it
-    with _draws.kept(images.device):
+    with _rng.preserved(images.device):
         for _ in range(math.ceil((COPIES - 1) / (n - 1))):
             copies = _view_checks.as_views(transform(torch.stack([image] * n)), n)
             finite = bool(copies.isfinite().all())  # what is not is the encoder's to find
-            differ = finite and _draws.differ(copies, copies[:1].expand_as(copies))
+            differ = finite and _view_checks.views_differ(copies, copies[:1].expand_as(copies))
             _view_checks.check_shared(differ, True, 1)
     _CHECKED.setdefault(owner, set()).add(method)
 
@@ -319,7 +321,7 @@ def _identity(transform: Callable[[Tensor], Tensor]) -> tuple[Any, str]:
 
 
 def _stack(views: list[Tensor]) -> Tensor:
-    _view_checks.check_separate(views)
+    _view_checks.check_separate_memory(views)
     _view_checks.check_one_size(views)
     return torch.stack(views)
 
@@ -328,13 +330,13 @@ def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tens
     """Transform the images of a chunk from one state of the generators, then restore those."""
     outputs, first = [], None
     device = images[0].device if isinstance(images[0], Tensor) else None
-    with _draws.kept(device):
+    with _rng.preserved(device):
         for image in images:
-            _draws.seed(seed, device)
+            _rng.seed(seed, device)
             outputs.append(_view_checks.as_view(transform(_copy(image)), image))
-            after = _draws.states()
+            after = _rng.states()
             first = first or after
-            _view_checks.check_same_draws(_draws.same(first, after), images[0], image)
+            _view_checks.check_same_draws(_rng.same_states(first, after), images[0], image)
     return outputs
 
 

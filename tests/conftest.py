@@ -86,4 +86,30 @@ def _seed():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Decide nothing from values, as where reading them makes the host wait."""
-    monkeypatch.setattr("care_loss._kernels.gram_gap.reads_values", lambda _: False)
+    monkeypatch.setattr("care_loss._autograd.gram_gap.reads_values", lambda _: False)
+
+
+@pytest.fixture(scope="session")
+def group_of(tmp_path_factory):
+    """A function that returns the group of so many processes, started once."""
+    processes = importlib.import_module("processes")  # imports distributed parts of torch
+    groups = {}
+
+    def get(world):
+        if world not in groups:
+            groups[world] = processes.Processes(world, tmp_path_factory.mktemp("group"))
+        return groups[world]
+
+    yield get
+    for group in groups.values():
+        group.close()
+
+
+@pytest.fixture(params=[1, 2, 4], ids=lambda world: f"{world}processes")
+def processes(request, group_of):
+    return group_of(request.param)
+
+
+@pytest.fixture
+def two(group_of):
+    return group_of(2)

@@ -42,6 +42,9 @@ def assert_close(loss, expected, tolerance, atol=1e-15):
     np.testing.assert_allclose(loss.cpu().double().numpy(), expected, rtol=tolerance, atol=atol)
 
 
+# Values of InfoNCE and the equivariance loss
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_info_nce_is_the_authors_formula_for_200_random_shapes(dtype, device):
     for pair, _, temperature in random_shapes():
@@ -110,6 +113,9 @@ def test_info_nce_is_lightlys(temperature, lightly_loss, device):
         torch.testing.assert_close(
             info_nce_loss(z1, z2, temperature=temperature), theirs, rtol=1e-5, atol=0
         )
+
+
+# Chunks and ids
 
 
 @pytest.mark.parametrize("scale", ["mean", "authors"])
@@ -183,6 +189,9 @@ def test_a_batch_too_small_for_its_chunks_gets_half_as_many_as_rows(n, chunks, d
     assert small.shape == (n // 2,)
 
 
+# Uniformity and alignment
+
+
 @pytest.mark.parametrize("t", [2.0, 0.5])
 def test_uniformity_is_wang_and_isolas(t, device):
     for pair, _, _ in random_shapes(50):
@@ -214,7 +223,7 @@ def test_alignment_is_wang_and_isolas(alpha, device):
 @contextlib.contextmanager
 def unreadable_ids():
     """Ids cannot be read, as under vmap, or must not be, as on a GPU."""
-    with unittest.mock.patch("care_loss._chunks.read", side_effect=RuntimeError):
+    with unittest.mock.patch("care_loss._chunks.layout_of_ids", side_effect=RuntimeError):
         yield
 
 
@@ -225,6 +234,9 @@ def by_ids_unread(z1, z2):
 
 ALL = LOSSES | {"equivariance by ids, not read": by_ids_unread}
 every_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
+
+
+# Leading dimensions
 
 
 @every_loss
@@ -268,6 +280,9 @@ def test_leading_dimensions_lead_the_values(device):
     torch.testing.assert_close(
         gaps[1, 2], equivariance_loss(z1[1, 2], z2[1, 2], chunks=4, reduction="none")
     )
+
+
+# Precision
 
 
 @every_loss
@@ -350,6 +365,9 @@ def test_equivariance_keeps_its_digits_near_its_minimum(autocast, device):
     assert grad < 2e-3
 
 
+# Rows of zeros, of extreme length, and broken ones
+
+
 @every_loss
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_zero_row_gives_a_finite_loss_and_a_zero_gradient(loss, dtype, device):
@@ -388,6 +406,9 @@ def test_nan_and_infinity_give_nan(loss, bad, device):
         assert loss(z1, z2).isnan()
         rows[row, 0] = good
     assert loss(z1, z2).isfinite()
+
+
+# Operations
 
 
 def test_a_learned_temperature_gets_its_gradient(device):
@@ -451,6 +472,9 @@ def test_the_number_of_operations_is_small_and_does_not_grow_with_chunks_or_rows
     nce, ragged = count(250, 64)  # chunks of two sizes
     assert (nce, ragged) == count(250, 8)
     assert ragged <= 80
+
+
+# Rows that coincide, and no values at all
 
 
 def test_nearly_equal_rows_have_accurate_distances_and_gradients(device):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import orthogonal, seeds
 
@@ -55,6 +55,9 @@ def close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-12)
 
 
+# Definitions
+
+
 @given(st.integers(4, 20), st.integers(2, 6), st.floats(0.01, 3), seeds, booleans, booleans)
 def test_each_measure_is_its_definition(n, d, noise, seed, shuffled, special):
     assume(n // 2 > d)  # else the fit is not unique, and the reference has another
@@ -90,6 +93,9 @@ def test_composition_is_its_definition(n, seed, shuffled):
     close(metrics.composition_error(z, *moved, shuffled=shuffled).item(), expected, 1e-6)
 
 
+# Equivariance and noise
+
+
 @given(st.integers(2, 16), st.floats(1, 4), seeds, booleans)
 def test_an_equivariant_encoder_has_no_error(d, ratio, seed, reflect):
     n = max(4, math.ceil(2 * d * ratio))
@@ -114,9 +120,10 @@ def test_a_reflection_is_no_rotation_of_so():
     assert error > 0.3
 
 
+@settings(max_examples=15)
 @given(st.integers(2, 12), seeds)
 def test_errors_grow_with_noise(d, seed):
-    n = 40 * d
+    n = 20 * d
     values = [planted(n, d, noise, seed) for noise in (0, 0.1, 0.3, 1.0)]
     for name in (*ERRORS, "linear_error", "relative_equivariance"):
         found = [PAIRS[name](*pair).item() for pair in values]
@@ -127,6 +134,9 @@ def test_errors_grow_with_noise(d, seed):
     assert shares == sorted(shares, reverse=True)
     mrr = [metrics.transformed_retrieval(*pair).mrr.item() for pair in values]
     assert mrr == sorted(mrr, reverse=True)
+
+
+# What changes no measure
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -223,15 +233,19 @@ def test_other_measures_on_a_device_are_those_on_the_cpu(device):
     close(found.multiplicity.cpu(), metrics.frequencies(turns, theta).multiplicity)
 
 
-@pytest.mark.parametrize("n", [16, 64, 257, 1024, 4096])
+# Chance level
+
+
+@pytest.mark.parametrize("n", [16, 64, 257, 1024])
 def test_unrelated_embeddings_are_at_chance_level(n):
     # Of 8 pairs, so that the spread of a pair of 16 rows is not what is tested.
-    z, moved = normal(8, n, 128), normal(8, n, 128, seed=1)
+    d = 32
+    z, moved = normal(8, n, d), normal(8, n, d, seed=1)
     assert metrics.wahba_error(z, moved).mean().item() == pytest.approx(2**0.5, rel=0.03)
     share = metrics.rotation_share(z, moved).mean()
     assert (share - metrics.rotation_share(z, moved, shuffled=True).mean()).abs() < 0.05
     gap = metrics.equivariance_error(z, moved).mean()
-    assert gap.item() == pytest.approx(2 / 128, rel=0.1)
+    assert gap.item() == pytest.approx(2 / d, rel=0.1)
 
 
 def test_in_sample_fits_are_small_on_unrelated_embeddings_and_held_out_ones_are_not():
@@ -262,6 +276,9 @@ def test_images_that_are_sorted_by_angle_are_shuffled_all_the_same():
     angle = 2 * torch.pi / 100 * torch.arange(100, dtype=FLOAT64)
     circle = torch.stack([angle.cos(), angle.sin()], -1)  # where a shift of rows is a rotation
     assert metrics.wahba_error(circle, circle, shuffled=True) > 1
+
+
+# Extreme input
 
 
 def test_the_identity_and_constant_embeddings_have_defined_results():
@@ -309,7 +326,7 @@ def test_few_float32_rows_are_compared_in_float64():
 def test_retrieval_of_many_rows_is_made_in_parts(monkeypatch):
     z, moved = planted(50, 4, 0.5, 0)
     whole = metrics.transformed_retrieval(z, moved)
-    monkeypatch.setattr("care_loss.metrics._measures.SCORES", 120)
+    monkeypatch.setattr("care_loss.metrics._measures.MAX_SCORES", 120)
     for a, b in zip(whole, metrics.transformed_retrieval(z, moved), strict=True):
         close(a, b)
 
@@ -320,6 +337,9 @@ def test_a_homomorphism_composes_and_a_broken_one_does_not():
     assert metrics.composition_error(z, z @ a, z @ b, z @ a @ b) < 1e-12
     assert metrics.composition_error(z, z @ a, z @ b, z @ b @ a) > 0.5  # the order matters
     assert metrics.composition_error(z, z @ a, z @ b, z @ orthogonal(6, 3)) > 0.5
+
+
+# Rank and frequencies
 
 
 def test_effective_rank_counts_dimensions():

@@ -15,10 +15,10 @@ PACKAGE = Path(care_loss.__file__).parent
 ROOT = Path(__file__).parent.parent
 # A module imports from layers below its own only; the lowest come first.
 LAYERS = (
-    ("_checks", "_chunks", "_draws", "_numerics", "recipes"),
-    ("_report_checks", "_view_checks"),
-    ("_kernels.__init__", "_kernels.paths", "_kernels.unit_rows"),
-    ("_kernels.gram_gap", "_kernels.info_nce", "rotation", "sphere", "views"),
+    ("_checks", "_chunks", "_rng", "_numerics", "recipes"),
+    ("_polar", "_report_checks", "_view_checks"),
+    ("_autograd.__init__", "_autograd.paths", "_autograd.unit_rows"),
+    ("_autograd.gram_gap", "_autograd.info_nce", "rotation", "sphere", "views"),
     ("functional", "metrics._sampling", "metrics._tables"),
     ("distributed", "metrics._measures"),
     ("metrics._frequencies", "metrics._report", "modules"),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from losses import PLAIN, plain_equivariance, relative_errors, value_and_grad
 
-from care_loss._kernels import paths
+from care_loss._autograd import paths
 from care_loss.functional import equivariance_loss, info_nce_loss
 from care_loss.rotation import random_orthogonal
 from care_loss.sphere import normalize
@@ -71,7 +71,7 @@ MANY += [((1200, 9), torch.float32, temperature) for temperature in (0.5, 0.005)
 
 @pytest.mark.parametrize(("shape", "dtype", "temperature"), MANY)
 def test_info_nce_of_many_rows_rounds_little(shape, dtype, temperature, device):
-    with patch("care_loss._kernels.info_nce.is_dense", return_value=False):
+    with patch("care_loss._autograd.info_nce.is_dense", return_value=False):
         assert_info_nce_rounds_little(shape, dtype, temperature, device, draws=8)
 
 
@@ -85,7 +85,7 @@ def assert_info_nce_rounds_little(shape, dtype, temperature, device, draws):
     loss = partial(info_nce_loss, temperature=temperature)
 
     def plain(z1, z2):
-        with patch("care_loss.functional.by_hand", return_value=False):
+        with patch("care_loss.functional.use_autograd_function", return_value=False):
             return loss(z1, z2)
 
     def draw():
@@ -223,7 +223,7 @@ def test_rows_that_nearly_coincide_cost_no_digits(n, d, chunks, spread, precisio
         return equivariance_loss(z1, z2, chunks=chunks)
 
     def plain(z):
-        with patch("care_loss.functional.by_hand", return_value=False):
+        with patch("care_loss.functional.use_autograd_function", return_value=False):
             return value_and_grad(loss, *z)
 
     errors, rounding = [], []

@@ -59,6 +59,9 @@ def assert_constant_on_chunks(values, ids):
     assert len(firsts.unique()) == len(firsts)
 
 
+# Views of a batch
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 4, 100])
 def test_each_chunk_draws_its_own_pair(chunks, images):
     view1, view2, ids = shared_views(images, brightness, chunks=chunks)
@@ -149,6 +152,9 @@ def test_the_images_of_a_dataset_are_left_as_they_were():
 
 def samples(count=11):
     return [(torch.full((3, 4, 4), 1.0 + k), k) for k in range(count)]
+
+
+# Collating
 
 
 def test_collate_shares_within_a_chunk_and_draws_anew_for_each_chunk_and_view():
@@ -242,6 +248,9 @@ def test_collate_works_in_worker_processes(context):
 def test_a_ragged_last_batch_is_cut_like_any_other():
     (_, _, ids), _ = SharedAugmentCollate(brightness, chunks=8)(samples(13))
     assert ids == 6
+
+
+# Checking a transform
 
 
 def test_a_shared_transform_is_accepted(device):

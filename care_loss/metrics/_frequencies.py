@@ -86,9 +86,9 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
     ks = k.repeat_interleave(counts)
     ks = torch.cat((ks, -ks[ks > 0]))
     wanted = _wrap(theta.unsqueeze(-1) * ks).sort().values
-    found = torch.linalg.eigvals(r).angle().sort().values
+    measured = torch.linalg.eigvals(r).angle().sort().values
     # On a circle, the best assignment of sorted points is one of the cyclic shifts.
-    distances = [_wrap(found - wanted.roll(shift, -1)).abs().mean(-1) for shift in range(d)]
+    distances = [_wrap(measured - wanted.roll(shift, -1)).abs().mean(-1) for shift in range(d)]
     deviation = torch.stack(distances).amin(0).mean()
     dtype = exact(rotations[:0]).dtype
     return Frequencies(*(x.to(rotations.device, dtype) for x in (multiplicity, deviation)))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from care_loss import _checks
+from care_loss._autograd.paths import is_long
 from care_loss._checks import as_broadcast, check_floating, check_same_dtype_and_device
-from care_loss._kernels.paths import is_long
 from care_loss._numerics import computed_in, exact
 from care_loss.functional import equivariance_loss
 from care_loss.rotation import fit_rotation
@@ -17,7 +17,7 @@ from care_loss.sphere import normalize
 
 Fit = Callable[[Tensor, Tensor], Tensor]
 TIE = 1e-12  # scores that differ by less, or that rounding may have made differ, count as equal
-SCORES = 2**20  # how many scores of a retrieval are held at a time
+MAX_SCORES = 2**20  # how many scores of a retrieval are held at a time
 
 
 def wahba_error(
@@ -277,7 +277,7 @@ class Retrieval(NamedTuple):
 
     Attributes:
         mrr: The mean reciprocal rank, `(*)`.
-        hits: The shares of ranks up to 1 and up to 5, `(*, 2)`.
+        hits: The fractions of ranks up to 1 and up to 5, `(*, 2)`.
     """
 
     mrr: Tensor
@@ -301,7 +301,7 @@ def transformed_retrieval(
         shuffled: Return the chance level instead.
 
     Returns:
-        A named tuple: `mrr`, the mean of 1 / rank, in (0, 1], `(*)`, and `hits`, the shares of
+        A named tuple: `mrr`, the mean of 1 / rank, in (0, 1], `(*)`, and `hits`, the fractions of
         images of rank 1 and of rank at most 5, `(*, 2)`. An invariant encoder that tells images
         apart reaches 1 as well.
 
@@ -445,15 +445,15 @@ def retrieval(predicted: Tensor, candidates: Tensor) -> Retrieval:
     """Rank candidate i for prediction i among all; those that tie have the mean of their ranks."""
     predicted, candidates = torch.broadcast_tensors(predicted, candidates)
     n, d = predicted.shape[-2:]
-    found = []
+    rank_parts = []
     for x, y in zip(predicted.reshape(-1, n, d), candidates.reshape(-1, n, d), strict=True):
-        for rows in torch.arange(n, device=x.device).split(max(1, SCORES // n)):
+        for rows in torch.arange(n, device=x.device).split(max(1, MAX_SCORES // n)):
             scores = x[rows] @ y.mT
-            own = scores.gather(1, rows.unsqueeze(1))
-            nearer = (scores > own + TIE).sum(1)
-            as_near = (scores >= own - TIE).sum(1)  # or nearer, and itself
-            found.append((nearer + as_near + 1).to(x.dtype) / 2)
-    ranks = torch.cat([predicted.new_empty(0), *found]).view(predicted.shape[:-1])
+            correct = scores.gather(1, rows.unsqueeze(1))
+            nearer = (scores > correct + TIE).sum(1)
+            as_near = (scores >= correct - TIE).sum(1)  # or nearer, and itself
+            rank_parts.append((nearer + as_near + 1).to(x.dtype) / 2)
+    ranks = torch.cat([predicted.new_empty(0), *rank_parts]).view(predicted.shape[:-1])
     hits = torch.stack([(ranks <= k).to(ranks.dtype) for k in (1, 5)], -1)
     broken = ~(predicted + candidates).sum((-2, -1)).isfinite()
     mrr = ranks.reciprocal().mean(-1).masked_fill(broken, torch.nan)

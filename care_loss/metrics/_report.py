@@ -27,14 +27,14 @@ from care_loss.metrics._tables import COLUMNS, EquivarianceReport, Estimate, Rep
 from care_loss.rotation import rotation_angles
 
 Numbers = dict[str, Tensor]  # by name, one for each draw
-HELD = 2**20  # how many numbers the embeddings of draws that are measured at once may have
-FEW_DRAWS = 16  # of which the chance level is the mean, and the angles are given
-RETRIEVED = 1024  # images among which a transformed image is looked for, at most
-PAIRED = 256  # images of which the paper's mean of ratios takes all pairs, at most
+MAX_ELEMENTS_PER_BLOCK = 2**20  # elements of embeddings that are measured at once
+MAX_CHANCE_DRAWS = 16  # of which the chance level is the mean, and the angles are given
+MAX_RETRIEVAL_IMAGES = 1024  # among which a transformed image is looked for
+MAX_PAIRED_IMAGES = 256  # of which the paper's mean of ratios takes all pairs
 UNKNOWN = Estimate(math.nan, math.nan)
-STILL = 0.01  # pairs that move by less than this share of the mean are near the identity
-COLLAPSED = 0.99  # the mean norm from which an encoder is called collapsed
-INVARIANT = 0.05  # the displacement, relative to that of shuffled rows, below which it is invariant
+MIN_DISPLACEMENT = 0.01  # of a pair, relative to the mean: the others are near the identity
+MIN_COLLAPSED_NORM = 0.99  # the mean norm from which an encoder is called collapsed
+MAX_INVARIANT_ERROR = 0.05  # relative to that of shuffled rows
 EQUIVARIANT = 0.1, 0.9  # the highest gap ratio and the lowest share above chance
 PARTLY = 0.5, 0.5
 
@@ -123,8 +123,8 @@ def equivariance_report(
           `relative_equivariance`, `cosine_spread` (for `D = 2`), `effective_rank` and `mean_norm`
           (of the images before the transformation): the functions of this name.
         * `mean_of_ratios`: the relative equivariance as the paper defines it, a mean of ratios over
-          pairs of 256 images at most; `near_identity` is the share of pairs that are left out
-          because they move by less than 1 % of the mean.
+          pairs of 256 images at most; `near_identity` is the fraction of pairs that are left
+          out because they move by less than 1 % of the mean.
         * `angle`: the largest principal angle, in radians, of the rotation of SO(D) that is fitted
           to all rows, for the first 16 draws; NaN with fewer than 2 D images, or if a reflection
           fits much better.
@@ -147,7 +147,7 @@ def equivariance_report(
     _report_checks.check_encoder(encoder)
     _report_checks.check_transformations(transformations)
     samples = _checks.check_count("samples", samples, 4)
-    samples_of = sample(
+    by_name = sample(
         encoder,
         images,
         transformations,
@@ -158,27 +158,29 @@ def equivariance_report(
         progress=progress if progress is None else _checks.as_boolean("progress", progress),
     )
     rows: list[ReportRow] = []
-    for name, found in samples_of.items():
-        for output in found.clean:
-            rows += _rows(name, output, found)
+    for name, samples_of_name in by_name.items():
+        for output in samples_of_name.clean:
+            rows += _rows(name, output, samples_of_name)
     return EquivarianceReport(tuple(rows), rows[0].images, samples, seed)
 
 
 def _rows(name: str, output: str, samples: Samples) -> list[ReportRow]:
     """Return the row against clean images and, unless draws are equal, the one against draws."""
     clean, shared = samples.clean[output], samples.shared[output]
-    own, twice = samples.own.get(output), samples.twice.get(output)
+    unshared, twice = samples.unshared.get(output), samples.twice.get(output)
     # Pairs of draws; a transformation whose draws are all equal is paired with itself.
-    first, second = (shared[0:-1:2], shared[1::2]) if own is not None else (shared, shared)
-    figures = _figures(clean, shared, samples.acted, own if own is None else (clean, own))
+    first, second = (shared[0:-1:2], shared[1::2]) if unshared is not None else (shared, shared)
+    control = None if unshared is None else (clean, unshared)
+    figures = _figures(clean, shared, samples.acted, control)
     warnings = []
     if twice is None:
         warnings.append("composition is not measured, because the size of the images changes.")
     else:
         figures |= _composition(clean, first, second, twice)
     rows = [_row((name, output, "clean"), clean, shared, samples.acted, figures, warnings)]
-    if own is not None:
-        figures = _figures(first, second, samples.differ, (own[0::2], own[1::2]))
+    if unshared is not None:
+        control = unshared[0::2], unshared[1::2]
+        figures = _figures(first, second, samples.differ, control)
         labels = name, output, "another draw"
         rows.append(_row(labels, first, second, samples.differ, figures, []))
     return rows
@@ -224,9 +226,10 @@ def _row(
 def verdict(figures: Mapping[str, Estimate], n: int, d: int) -> str:
     """Return the verdict for `n` images and embeddings of dimension `d`, if a draw did anything."""
     error = figures["invariance_error"]
-    if not figures["mean_norm"].mean < COLLAPSED or math.isnan(figures["effective_rank"].mean):
+    norm, rank = figures["mean_norm"].mean, figures["effective_rank"].mean
+    if not norm < MIN_COLLAPSED_NORM or math.isnan(rank):
         return "collapsed"
-    if error.mean < INVARIANT * error.shuffled:
+    if error.mean < MAX_INVARIANT_ERROR * error.shuffled:
         return "invariant"
     if n < 2 * d:
         return "too few images"
@@ -241,22 +244,22 @@ def verdict(figures: Mapping[str, Estimate], n: int, d: int) -> str:
 
 
 def _figures(
-    z: Tensor, moved: Tensor, acted: Tensor, own: tuple[Tensor, Tensor] | None
+    z: Tensor, moved: Tensor, acted: Tensor, control: tuple[Tensor, Tensor] | None
 ) -> dict[str, Estimate]:
     """Measure pairs of embeddings, `(draws, n, D)` or one `(n, D)` for all, with their controls."""
     n, d = moved.shape[-2:]
-    found = _by_draws(_numbers, z, moved)
+    numbers = _by_draws(_numbers, z, moved)
     chance = _by_draws(partial(_numbers, shuffled=True), *_few(z, moved))
     # A draw that changes no image says nothing of the encoder.
-    displacement = _mean(found["moved"][acted], chance["moved"])
+    displacement = _mean(numbers["moved"][acted], chance["moved"])
 
     def share(name: str) -> Estimate:
         """Return the share of the displacement that maps with this error explain."""
-        return _share(found[name][acted], found["moved"][acted], chance[name], chance["moved"])
+        return _share(numbers[name][acted], numbers["moved"][acted], chance[name], chance["moved"])
 
     rotation = share("wahba")
     linear = share("linear") if n >= 4 * d else UNKNOWN
-    gap, squared = found["gap"], found["squared"]
+    gap, squared = numbers["gap"], numbers["squared"]
     ratios, left_out = _by_draws(_mean_of_ratios, z, moved).values()
     of_z = z if z.ndim == 3 else z.unsqueeze(0)
     figures = {
@@ -264,7 +267,7 @@ def _figures(
         "rotation_share": rotation,
         "share_above_chance": _above_chance(rotation),
         "linear_share": linear,
-        "wahba_error": _mean(found["wahba"], chance["wahba"]),
+        "wahba_error": _mean(numbers["wahba"], chance["wahba"]),
         "invariance_error": displacement,
         "relative_equivariance": _ratio(4 * gap, squared, 4 * chance["gap"], chance["squared"]),
         "mean_of_ratios": _mean(ratios),
@@ -273,11 +276,12 @@ def _figures(
         "mean_norm": _mean(_by_draws(lambda x: {"norm": mean_norm(x)}, of_z)["norm"]),
     }
     for name in ("mrr", "hits_at_1", "hits_at_5", "cosine_spread"):
-        figures[name] = _mean(found[name], chance[name])
+        figures[name] = _mean(numbers[name], chance[name])
     if d != 2:
         del figures["cosine_spread"]
-    if own is not None:
-        unshared = _mean(_by_draws(lambda *pair: {"gap": equivariance_error(*pair)}, *own)["gap"])
+    if control is not None:
+        gaps = _by_draws(lambda *pair: {"gap": equivariance_error(*pair)}, *control)["gap"]
+        unshared = _mean(gaps)
         figures["unshared_gap"] = unshared
         figures["gap_ratio"] = _quotient(figures["shared_gap"], unshared)
     return figures
@@ -285,20 +289,20 @@ def _figures(
 
 def _composition(z: Tensor, a: Tensor, b: Tensor, twice: Tensor) -> dict[str, Estimate]:
     """Measure the rotations of two draws one after the other, against what both did."""
-    found = _by_draws(_composed, z, a, b, twice)
+    numbers = _by_draws(_composed, z, a, b, twice)
     chance = _by_draws(partial(_composed, shuffled=True), *_few(z, a, b, twice))
-    error, whole = found["error"], found["moved"]
+    error, whole = numbers["error"], numbers["moved"]
     return {
         "composition_error": _mean(error, chance["error"]),
         "composition_share": _share(error, whole, chance["error"], chance["moved"]),
-        "composition_from_direct": _mean(found["direct"]),
+        "composition_from_direct": _mean(numbers["direct"]),
     }
 
 
 def _by_draws(measure: Callable[..., Numbers], *embeddings: Tensor) -> Numbers:
     """Measure a few draws at a time, so that what is held stays small."""
     draws, n, d = embeddings[-1].shape
-    step = max(1, HELD // (d * max(n, d)))
+    step = max(1, MAX_ELEMENTS_PER_BLOCK // (d * max(n, d)))
     parts = [
         measure(*(z if z.ndim == 2 else z[i : i + step] for z in embeddings))
         for i in range(0, draws, step)
@@ -308,14 +312,14 @@ def _by_draws(measure: Callable[..., Numbers], *embeddings: Tensor) -> Numbers:
 
 def _few(*embeddings: Tensor) -> list[Tensor]:
     """Return the first draws, for what need not be known of each."""
-    return [z if z.ndim == 2 else z[:FEW_DRAWS] for z in embeddings]
+    return [z if z.ndim == 2 else z[:MAX_CHANCE_DRAWS] for z in embeddings]
 
 
 def _numbers(z: Tensor, moved: Tensor, *, shuffled: bool = False) -> Numbers:
     """Return what is measured with and without shuffled rows, for each draw."""
     u, v = unit_rows(shuffled, z, moved)
     predicted = across_halves(rotation_fit(False), u, v)
-    mrr, hits = retrieval(*(_spaced(x, RETRIEVED) for x in (predicted, v)))
+    mrr, hits = retrieval(*(_spaced(x, MAX_RETRIEVAL_IMAGES) for x in (predicted, v)))
     return {
         "gap": equivariance_error(z, moved, shuffled=shuffled),
         "wahba": distance(predicted, v),
@@ -358,14 +362,14 @@ def _angles(z: Tensor, moved: Tensor) -> Numbers:
 
 
 def _mean_of_ratios(z: Tensor, moved: Tensor) -> Numbers:
-    """Return the paper's relative equivariance, and the share of pairs left out, for each draw."""
-    u, v = unit_rows(False, *(_spaced(x, PAIRED) for x in (z, moved)))
+    """Return the paper's relative equivariance and the fraction of pairs left out, by draw."""
+    u, v = unit_rows(False, *(_spaced(x, MAX_PAIRED_IMAGES) for x in (z, moved)))
     rows = (u - v).square().sum(-1)
     # For unit rows this is the change of the squared distance; the diagonal is left out below.
     change = 2 * (u @ u.mT - v @ v.mT)
     together = rows.unsqueeze(-1) + rows.unsqueeze(-2)
     off = ~torch.eye(rows.shape[-1], dtype=torch.bool, device=rows.device)
-    kept = (together > STILL * together[..., off].mean(-1)[..., None, None]) & off
+    kept = (together > MIN_DISPLACEMENT * together[..., off].mean(-1)[..., None, None]) & off
     ratios = torch.where(kept, change / together, 0).square()
     pairs = kept.sum((-2, -1))
     return {"ratios": ratios.sum((-2, -1)) / pairs, "left out": 1 - pairs / off.sum()}
@@ -393,7 +397,7 @@ def _quotient(top: Estimate, bottom: Estimate) -> Estimate:
 
 def _share(error: Tensor, moved: Tensor, chance: Tensor, chance_moved: Tensor) -> Estimate:
     """Return the share of the displacement that is explained; NaN if an encoder is invariant."""
-    if moved.mean() < INVARIANT * chance_moved.mean():
+    if moved.mean() < MAX_INVARIANT_ERROR * chance_moved.mean():
         return UNKNOWN
     rest = _ratio(*(x.square() for x in (error, moved, chance, chance_moved)))
     return Estimate(1 - rest.mean, rest.error, 1 - rest.shuffled)

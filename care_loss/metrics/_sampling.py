@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from care_loss import _draws, _report_checks
+from care_loss import _report_checks, _rng, _view_checks
 
 Transform = Callable[[Tensor], Tensor]
-OWN_DRAWS = 8  # of the unshared control; each is an average over draws of all images already
-PROBED = 8  # images on which a transformation is tried before any work
+UNSHARED_DRAWS = 8  # of the unshared control; each is an average over draws of all images already
+MAX_PROBED_IMAGES = 8  # on which a transformation is tried before any work
 
 
 class Samples(NamedTuple):
@@ -25,7 +25,7 @@ class Samples(NamedTuple):
 
     clean: dict[str, Tensor]  # (n, D)
     shared: dict[str, Tensor]  # (draws, n, D); one draw if all are equal
-    own: dict[str, Tensor]  # (own draws, n, D), one draw for each image; empty if all are equal
+    unshared: dict[str, Tensor]  # (draws, n, D), one draw for each image; empty if all are equal
     twice: dict[str, Tensor]  # (pairs of draws, n, D), f(b(a(x))); empty if it changes the size
     acted: Tensor  # whether a draw changed any image, (draws,)
     differ: Tensor  # whether the two draws of a pair made different images, (pairs of draws,)
@@ -46,13 +46,13 @@ def sample(
 
     A draw is the same for every batch, and whatever the batch size and the other transformations.
     """
-    with _draws.kept(), _evaluating(encoder), torch.no_grad():
-        _draws.seed(seed % 2**32)  # the order of a loader that shuffles
+    with _rng.preserved(), _evaluating(encoder), torch.no_grad():
+        _rng.seed(seed % 2**32)  # the order of a loader that shuffles
         count, batches = _batches(images, batch_size)
         first = _report_checks.as_images(next(batches, None))
         device = device or _device(encoder) or first.device
         drawn = [
-            _Drawn(name, transform, first[:PROBED].to(device), seed, samples)
+            _Drawn(name, transform, first[:MAX_PROBED_IMAGES].to(device), seed, samples)
             for name, transform in transformations.items()
         ]
         embed = _Embedder(encoder)
@@ -82,9 +82,9 @@ class _Embedder:
     def outputs(self, name: str | None, view: Tensor) -> dict[str, Tensor]:
         """Return the embeddings of a view by output, on the CPU."""
         # A clone, for encoders that work in place.
-        found = _report_checks.as_outputs(self.encoder(view.clone()), len(view), name)
+        outputs = _report_checks.as_outputs(self.encoder(view.clone()), len(view), name)
         # Half types become float32 without loss; on a CPU there is float64 to measure in.
-        return {k: (z.float() if z.itemsize < 4 else z).cpu() for k, z in found.items()}
+        return {k: (z.float() if z.itemsize < 4 else z).cpu() for k, z in outputs.items()}
 
     def check(self, images: Tensor) -> None:
         """Check that an embedding depends on its image alone."""
@@ -92,7 +92,9 @@ class _Embedder:
             whole = self.outputs(None, images)
             halves = [self.outputs(None, part) for part in images.chunk(2)]
             for output, z in whole.items():
-                _report_checks.check_alone(z, torch.cat([half[output] for half in halves]))
+                _report_checks.check_batch_independent(
+                    z, torch.cat([half[output] for half in halves])
+                )
 
     def __call__(self, name: str | None, kind: str, k: int, view: Tensor) -> None:
         self.store.setdefault((name, kind, k), []).append(self.outputs(name, view))
@@ -115,12 +117,12 @@ class _Drawn:
     ) -> None:
         self.name, self.transform, self.seed = name, transform, seed
         self.seeds = [_seed(f"{seed} {name} {k}") for k in range(samples)]
-        self.own = OWN_DRAWS
+        self.unshared = UNSHARED_DRAWS
         self._try(probe)
         self.acted = [False] * len(self.seeds)
         self.new = [False] * len(self.seeds)  # whether a draw was unlike the first
         self.differ = [False] * max(1, len(self.seeds) // 2)
-        self.forwards = len(self.seeds) + self.own + len(self.differ) * self.composes
+        self.forwards = len(self.seeds) + self.unshared + len(self.differ) * self.composes
 
     def _try(self, probe: Tensor) -> None:
         """Try the transformation on copies of a few images, before any work."""
@@ -128,18 +130,20 @@ class _Drawn:
         view = self._replay(copies, self.seeds[0])
         _report_checks.check_finite(self.name, view)
         groups = view.unflatten(0, (len(probe), 4))
-        within = _draws.differ(groups, groups[:, :1].expand_as(groups))
-        again = _draws.differ(view, self._replay(copies, self.seeds[0]))
+        within = _view_checks.views_differ(groups, groups[:, :1].expand_as(groups))
+        again = _view_checks.views_differ(view, self._replay(copies, self.seeds[0]))
         single = self._replay(probe[:1], self.seeds[0])
-        _report_checks.check_repeatable(self.name, within, again, _draws.differ(view[:1], single))
+        _report_checks.check_repeatable(
+            self.name, within, again, _view_checks.views_differ(view[:1], single)
+        )
         self.composes = view.shape[1:] == probe.shape[1:]
-        with _draws.kept(probe.device), self._named():
-            before = _draws.states()
+        with _rng.preserved(probe.device), _report_checks.naming(self.name):
+            before = _rng.states()
             self.transform(probe.clone())
-            drew = not _draws.same(before, _draws.states())
+            drew = not _rng.same_states(before, _rng.states())
         views = [self._replay(probe, value) for value in self.seeds]
         if not drew and all(torch.equal(other, views[0]) for other in views[1:]):
-            self.seeds, self.own = self.seeds[:1], 0
+            self.seeds, self.unshared = self.seeds[:1], 0
 
     def views(self, x: Tensor, done: int) -> Iterator[tuple[str, int, Tensor]]:
         """Yield the views of a batch that follows `done` images; some draws at once are held."""
@@ -156,45 +160,38 @@ class _Drawn:
             second = min(k + 1, len(self.seeds) - 1)
             if self.composes and k % 2 == 0 and k // 2 < len(self.differ):
                 yield "twice", k, self._replay(view, self.seeds[second])
-        for k in range(self.own):
-            yield "own", k, self._own(x, k, done)
+        for k in range(self.unshared):
+            yield "unshared", k, self._unshared(x, k, done)
 
     def collect(self, embed: _Embedder) -> Samples:
         """Return the embeddings of the draws."""
         clean = {output: z[0] for output, z in embed.stacked(None, "clean").items()}
-        shared, own, twice = (embed.stacked(self.name, k) for k in ("shared", "own", "twice"))
+        shared, unshared, twice = (
+            embed.stacked(self.name, k) for k in ("shared", "unshared", "twice")
+        )
         # With the embeddings, whatever the default device is.
         acted, differ = (torch.tensor(x, device="cpu") for x in (self.acted, self.differ))
         if any(self.new):
-            return Samples(clean, shared, own, twice, acted, differ)
+            return Samples(clean, shared, unshared, twice, acted, differ)
         # All draws are equal on all images: one of them has everything, and none has a control.
         shared, twice = ({k: z[:1] for k, z in part.items()} for part in (shared, twice))
         return Samples(clean, shared, {}, twice, acted[:1], differ[:1])
 
     def _replay(self, images: Tensor, seed: int) -> Tensor:
         """Transform images with the draw of a seed, and leave the generators as they were."""
-        with _draws.kept(images.device), self._named():
-            _draws.seed(seed, images.device)
+        with _rng.preserved(images.device), _report_checks.naming(self.name):
+            _rng.seed(seed, images.device)
             # A clone, for transforms that work in place, or return their input.
             return _report_checks.as_transformed(self.name, self.transform(images.clone()), images)
 
-    def _own(self, images: Tensor, k: int, done: int) -> Tensor:
+    def _unshared(self, images: Tensor, k: int, done: int) -> Tensor:
         """Transform each image with a draw of its own, which depends on its number in the pass."""
         views = []
-        with _draws.kept(images.device), self._named():
+        with _rng.preserved(images.device), _report_checks.naming(self.name):
             for number, image in enumerate(images.clone().split(1), done):
-                _draws.seed(_seed(f"{self.seed} {self.name} own {k} {number}"), images.device)
+                _rng.seed(_seed(f"{self.seed} {self.name} own {k} {number}"), images.device)
                 views.append(_report_checks.as_transformed(self.name, self.transform(image), image))
             return torch.cat(views)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Name the transformation in what it raises."""
-        try:
-            yield
-        except Exception as error:
-            _report_checks.raise_failed(self.name, error)
-            raise
 
 
 def _seed(stream: str) -> int:

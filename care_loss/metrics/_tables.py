@@ -109,10 +109,10 @@ class EquivarianceReport:
         self, transformation: str, *, output: str | None = None, against: str = "clean"
     ) -> ReportRow:
         """Return the row of a transformation; `output` defaults to the encoder's last output."""
-        found = [r for r in self.rows if (r.transformation, r.against) == (transformation, against)]
-        found = [r for r in found if output in (None, r.output)]
-        _report_checks.check_found(found, self.rows, (transformation, output, against))
-        return found[-1]
+        rows = [r for r in self.rows if (r.transformation, r.against) == (transformation, against)]
+        rows = [r for r in rows if output in (None, r.output)]
+        _report_checks.check_any_row(rows, self.rows, (transformation, output, against))
+        return rows[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as Python numbers; the rows are flat, as a table or a log needs them.

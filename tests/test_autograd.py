@@ -8,14 +8,14 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from care_loss._kernels import info_nce as kernel
-from care_loss._kernels import paths
+from care_loss._autograd import info_nce as kernel
+from care_loss._autograd import paths
 from care_loss.functional import equivariance_loss, info_nce_loss
 
 
 def plain(loss, *inputs):
     """Evaluate a loss as the plain composition."""
-    with unittest.mock.patch("care_loss.functional.by_hand", return_value=False):
+    with unittest.mock.patch("care_loss.functional.use_autograd_function", return_value=False):
         return loss(*inputs)
 
 

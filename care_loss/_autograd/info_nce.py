@@ -19,14 +19,14 @@ compares its own with all others in the same way (:func:`losses_among`, :func:`g
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from care_loss._kernels.paths import (
+from care_loss._autograd.paths import (
     Input,
     Plain,
     is_batch_of_gradients,
@@ -35,7 +35,7 @@ from care_loss._kernels.paths import (
     plain_gradients,
     tile,
 )
-from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
+from care_loss._autograd.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, exact, without_autocast
 
 
@@ -66,27 +66,25 @@ class _Dense(Function):
             scaled = u / temperature
             positive = _positive(scaled, u, n)
             scores = scaled @ u.mT
-            # The entries (i, i) and (i, p(i)) of all rows.
-            own_and_positive = (
-                scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
-            )
+            # The entries (i, i) and (i, p(i)) of all rows, which are no negatives.
+            excluded = scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
             if _bounded(temperature):
-                exponentials = scores.exp_()
-                own_and_positive.zero_()
-                negative = exponentials.sum(-1).log()
+                exp_scores = scores.exp_()
+                excluded.zero_()
+                negative = exp_scores.sum(-1).log()
             else:
-                own_and_positive.fill_(-torch.inf)
+                excluded.fill_(-torch.inf)
                 negative = scores.logsumexp(-1)
             losses, total, mass = _losses(positive, negative.unflatten(-1, (2, n)))
             if derive:
                 total = total.flatten(-2)
-                # W_ij, with g_i = 1, and 0 where own_and_positive is.
+                # W_ij with g_i = 1; the excluded entries are 0.
                 if _bounded(temperature):
-                    by_anchor = torch.exp(-total)
-                    weights = scores.mul_(by_anchor.unsqueeze(-1) + by_anchor.unsqueeze(-2))
+                    exp_minus_t = torch.exp(-total)
+                    weights = exp_scores.mul_(exp_minus_t.unsqueeze(-1) + exp_minus_t.unsqueeze(-2))
                 else:
-                    by_row = scores.sub_(total.unsqueeze(-1)).exp_()
-                    weights = by_row + by_row.mT
+                    exp_s_minus_t = scores.sub_(total.unsqueeze(-1)).exp_()
+                    weights = exp_s_minus_t + exp_s_minus_t.mT
                 gradient = weights @ u
                 _add_positives(gradient, u, mass.sum(-2))
                 gradient.div_(temperature).div_(max(losses.numel(), 1))
@@ -234,12 +232,12 @@ def _add_positives(gradient: Tensor, u: Tensor, mass: Tensor) -> None:
 
 
 def save(
-    ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, *found: Tensor
+    ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, *results: Tensor
 ) -> None:
-    """Keep the arguments of a loss for its backward, and what the forward found."""
+    """Keep the arguments of a loss for its backward, and results of the forward."""
     is_tensor = isinstance(temperature, Tensor)
     ctx.temperature, ctx.plain = None if is_tensor else temperature, plain
-    ctx.save_for_backward(z1, z2, temperature if is_tensor else None, *found)
+    ctx.save_for_backward(z1, z2, temperature if is_tensor else None, *results)
 
 
 def temperature_of(ctx: Any, inputs: Sequence[Tensor | None]) -> Input:
@@ -269,12 +267,21 @@ def second_derivatives(ctx: Any, inputs: Sequence[Tensor], gradient: Tensor) -> 
     return plain_gradients(ctx.plain, arguments, needed, gradient)
 
 
-def _tiles(u: Tensor, temperature: Input) -> Iterator[tuple[Tensor, slice, slice, int]]:
-    """Yield the scores of the tiles on and above the diagonal of rows `(M, D)`, in one buffer.
+class _Tile(NamedTuple):
+    """Scores of some rows and columns; all of one loop share a buffer.
 
-    Each comes with its rows, its columns, and the number of its first columns that are below the
-    last row: what lies right of them also serves as a tile of its columns.
+    On and above the diagonal, a tile also serves the anchors of its columns, except for its first
+    `below` columns: the pairs there are, or mirror, pairs of rows of this tile.
     """
+
+    scores: Tensor
+    rows: slice
+    columns: slice
+    below: int
+
+
+def _tiles(u: Tensor, temperature: Input) -> Iterator[_Tile]:
+    """Yield the tiles on and above the diagonal of the scores of rows `(M, D)`."""
     height, width = tile(u.device)
     scaled = u / temperature
     buffer = u.new_empty(height * width)
@@ -285,13 +292,13 @@ def _tiles(u: Tensor, temperature: Input) -> Iterator[tuple[Tensor, slice, slice
             shape = rows.stop - i, columns.stop - j
             scores = buffer[: shape[0] * shape[1]].view(shape)
             torch.mm(scaled[rows], u[columns].mT, out=scores)
-            yield scores, rows, columns, min(max(rows.stop - j, 0), shape[1])
+            yield _Tile(scores, rows, columns, min(max(rows.stop - j, 0), shape[1]))
 
 
 def _fill(scores: Tensor, rows: slice, columns: slice, n: int, value: float) -> None:
-    """Fill the entries of a tile that belong to a row itself, or to its positive."""
-    for apart in (0, n, -n):
-        scores.diagonal(apart + rows.start - columns.start).fill_(value)  # it may be empty
+    """Fill the entries (i, i) and (i, p(i)) of a tile."""
+    for offset in (0, n, -n):
+        scores.diagonal(offset + rows.start - columns.start).fill_(value)  # it may be empty
 
 
 def _log_sums(u: Tensor, temperature: Input, *, out: Tensor) -> None:
@@ -299,13 +306,13 @@ def _log_sums(u: Tensor, temperature: Input, *, out: Tensor) -> None:
     bounded, n = _bounded(temperature), len(u) // 2
     nothing = 0 if bounded else -torch.inf
     out.fill_(nothing)
-    for scores, rows, columns, square in _tiles(u, temperature):
+    for scores, rows, columns, below in _tiles(u, temperature):
         if bounded:
             scores.exp_()
         _fill(scores, rows, columns, n, nothing)
         for part, dim, where in (
             (scores, -1, rows),
-            (scores[:, square:], -2, slice(columns.start + square, columns.stop)),
+            (scores[:, below:], -2, slice(columns.start + below, columns.stop)),
         ):
             if bounded:
                 out[where] += part.sum(dim)
@@ -321,12 +328,12 @@ def _weighted_sums(
     """Add W u, without the positives, for rows `(M, D)` whose anchors weigh `gradient` `(M,)`."""
     n, weigh = len(u) // 2, _weights(temperature, total, gradient, u.dtype)
     by_column = out.new_zeros(out.mT.shape)
-    for scores, rows, columns, square in _tiles(u, temperature):
-        weigh(scores, rows, columns)
-        _fill(scores, rows, columns, n, 0)
-        out[rows].addmm_(scores, u[columns])
-        right = slice(columns.start + square, columns.stop)
-        by_column[:, right].addmm_(u[rows].mT, scores[:, square:])
+    for scores, rows, columns, below in _tiles(u, temperature):
+        weights = weigh(scores, rows, columns)
+        _fill(weights, rows, columns, n, 0)
+        out[rows].addmm_(weights, u[columns])
+        right = slice(columns.start + below, columns.stop)
+        by_column[:, right].addmm_(u[rows].mT, weights[:, below:])
     out.add_(by_column.mT)
 
 
@@ -334,11 +341,11 @@ def _weights(
     temperature: Input, total: Tensor, gradient: Tensor, dtype: torch.dtype
 ) -> Callable[[Tensor, slice, slice], Tensor]:
     """Return what turns the scores of some rows and columns into W_ij, in place."""
-    weight, total = (gradient * torch.exp(-total)).to(dtype), total.to(dtype)
+    g_exp_minus_t, total = (gradient * torch.exp(-total)).to(dtype), total.to(dtype)
 
     def bounded(scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Scores are small enough for one exponential per pair."""
-        return scores.exp_().mul_(weight[rows, None] + weight[columns])
+        return scores.exp_().mul_(g_exp_minus_t[rows, None] + g_exp_minus_t[columns])
 
     def unbounded(scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Scores of any size need two, one for each anchor."""

@@ -18,8 +18,14 @@ def states(device: torch.device | None = None) -> States:
     Of an accelerator, its own generator too.
     """
     numpy = sys.modules.get("numpy")
-    own = torch.get_device_module(device).get_rng_state(device) if _has_own(device) else None
-    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state(), own
+    generator = _generator_of(device)
+    accelerator = generator.get_rng_state(device) if generator else None
+    return (
+        torch.get_rng_state(),
+        random.getstate(),
+        numpy and numpy.random.get_state(),
+        accelerator,
+    )
 
 
 def seed(value: int, device: torch.device | None = None) -> None:
@@ -29,14 +35,14 @@ def seed(value: int, device: torch.device | None = None) -> None:
     random.seed(value)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(value)
-    if _has_own(device):
+    if generator := _generator_of(device):
         state = torch.Generator(device).manual_seed(value).get_state()
-        torch.get_device_module(device).set_rng_state(state, device)
+        generator.set_rng_state(state, device)
 
 
 @contextmanager
-def kept(device: torch.device | None = None) -> Iterator[None]:
-    """Leave the generators as they were."""
+def preserved(device: torch.device | None = None) -> Iterator[None]:
+    """Leave the generators as they were before the block."""
     before = states(device)
     try:
         yield
@@ -45,11 +51,11 @@ def kept(device: torch.device | None = None) -> Iterator[None]:
         random.setstate(before[1])
         if before[2]:
             sys.modules["numpy"].random.set_state(before[2])
-        if before[3] is not None:
-            torch.get_device_module(device).set_rng_state(before[3], device)
+        if generator := _generator_of(device):
+            generator.set_rng_state(before[3], device)
 
 
-def same(a: States, b: States) -> bool:
+def same_states(a: States, b: States) -> bool:
     """Tell whether two states of the generators of the CPU are equal."""
     equal = torch.equal(a[0], b[0]) and a[1] == b[1]
     if a[2] and b[2]:  # a name, an array of integers, and numbers
@@ -57,13 +63,7 @@ def same(a: States, b: States) -> bool:
     return equal
 
 
-def differ(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two views differ by more than rounding, 1e-4 of the range of their values."""
-    if a.shape != b.shape:
-        return True
-    a, b = a.cpu().double(), b.cpu().double()
-    return not bool((a - b).abs().max() <= 1e-4 * (b.max() - b.min()))
-
-
-def _has_own(device: torch.device | None) -> bool:
-    return device is not None and device.type in ("cuda", "mps", "xpu")
+def _generator_of(device: torch.device | None) -> Any:
+    """Return the module of a device that has a random generator of its own, or None."""
+    has_generator = device is not None and device.type in ("cuda", "mps", "xpu")
+    return torch.get_device_module(device) if has_generator else None

@@ -14,11 +14,12 @@ from torch.autograd import forward_ad
 Input = Tensor | float
 Plain = Callable[..., Tensor]
 
-LONG_CHUNK = 4  # from there on products of the columns, though in float64, take less time
+# From there on products of the columns, though in float64, take less time.
+MIN_ROWS_PER_DIMENSION = 4
 
 
-def by_hand(*inputs: Input) -> bool:
-    """Whether a gradient by hand can serve this call; otherwise the plain composition must."""
+def use_autograd_function(*inputs: Input) -> bool:
+    """Whether an `autograd.Function` can serve this call; otherwise the plain composition must."""
     # Compilers fuse the plain composition themselves, and tracers shall record operations.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_proxied():  # type: ignore[attr-defined, no-untyped-call]
         return False
@@ -61,7 +62,7 @@ def reads_values(x: Tensor) -> bool:
 
 def is_long(n: int, d: int) -> bool:
     """Whether the Gram matrices of chunks `(n, d)` are compared by products `(d, d)`."""
-    return n > LONG_CHUNK * d
+    return n > MIN_ROWS_PER_DIMENSION * d
 
 
 def products_are_rounded() -> bool:
@@ -85,5 +86,5 @@ def plain_gradients(
         # Views keep inputs apart that are one tensor, or depend on one another.
         views = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
         wanted = [cast(Tensor, x) for x, need in zip(views, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(plain(*views), wanted, gradient, create_graph=True))
-    return [next(found) if need else None for need in needed]
+        gradients = iter(torch.autograd.grad(plain(*views), wanted, gradient, create_graph=True))
+    return [next(gradients) if need else None for need in needed]

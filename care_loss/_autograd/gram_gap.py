@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from care_loss._kernels.paths import (
+from care_loss._autograd.paths import (
     Plain,
     is_long,
     need_gradient,
@@ -35,18 +35,18 @@ from care_loss._kernels.paths import (
     products_are_rounded,
     reads_values,
 )
-from care_loss._kernels.unit_rows import gradient_of_rows, unit_rows
+from care_loss._autograd.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, exact, without_autocast
 
-Runs = list[tuple[int, int]]
-COINCIDENCE = 0.6  # the mean cosine of the rows of a chunk
+Stacks = list[tuple[int, int]]
+MAX_MEAN_COSINE = 0.6  # of the rows of a chunk, for float32
 
 
 def gram_gap(
     z1: Tensor,
     z2: Tensor,
     order: Tensor | None,
-    runs: Runs,
+    stacks: Stacks,
     weights: list[float],
     *,
     mean: bool,
@@ -54,13 +54,13 @@ def gram_gap(
 ) -> Tensor:
     """Return the mean loss `()`, or the loss of each chunk `(*, chunks)`.
 
-    The rows are taken in the given order, or as they are, and cut into runs of k chunks of n rows;
-    `weights` has what a pair of rows weighs in each run. `plain` is the plain composition of the
-    same, a function of the two views.
+    The rows are taken in the given order, or as they are, and cut into stacks `(k, n)`, k chunks of
+    n rows each; `weights` has what a pair of rows weighs in each stack. `plain` is the plain
+    composition of the same, a function of the two views.
     """
     derive = need_gradient(z1, z2)
     loss: Tensor = _GramGap.apply(  # type: ignore[no-untyped-call]
-        z1, z2, order, runs, weights, mean, plain, derive
+        z1, z2, order, stacks, weights, mean, plain, derive
     )
     return loss
 
@@ -72,7 +72,7 @@ class _GramGap(Function):
         z1: Tensor,
         z2: Tensor,
         order: Tensor | None,
-        runs: Runs,
+        stacks: Stacks,
         weights: list[float],
         mean: bool,
         plain: Plain,
@@ -80,16 +80,16 @@ class _GramGap(Function):
     ) -> Tensor:
         dtype = computed_in(z1)
         u, length = _unit_rows(z1, z2, order, dtype if reads_values(z1) else exact(z1[:0]).dtype)
-        pieces = list(_cut(u, runs))
+        pieces = list(_cut(u, stacks))
         if u.dtype == torch.float32 and reads_values(z1) and any(map(_nearly_coincide, pieces)):
             u, length = _unit_rows(z1, z2, order, torch.float64)
-            pieces = list(_cut(u, runs))
+            pieces = list(_cut(u, stacks))
         by_columns = dtype != torch.float64
-        chunks, leading = sum(k for k, _ in runs), z1.shape[:-2]
+        chunks, leading = sum(k for k, _ in stacks), z1.shape[:-2]
         averaged = (chunks * leading.numel() or math.nan) if mean else 1
         gaps, gradients = [], []
         for rows, lengths, (k, n), weight in zip(
-            pieces, _cut(length, runs), runs, weights, strict=True
+            pieces, _cut(length, stacks), stacks, weights, strict=True
         ):
             scale = weight / averaged
             factor = 4 * scale if derive else None
@@ -99,32 +99,33 @@ class _GramGap(Function):
                 gradients.append(gradient.view(2, *leading, k * n, u.shape[-1]))
         if derive:
             ctx.save_for_backward(z1, z2, order, _joined(gradients, -2).to(dtype))
-            ctx.runs, ctx.plain = runs, plain
+            ctx.stacks, ctx.plain = stacks, plain
         loss = sum(gaps[1:], gaps[0]) if mean else _joined(gaps, -1)
         return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z1, z2, order, by_row = ctx.saved_tensors
-        others = (None,) * 6  # of the other arguments
+        no_others = (None,) * 6  # the gradients of the other arguments
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad[:2]
-            return *plain_gradients(ctx.plain, (z1, z2), needed, gradient), *others
+            return *plain_gradients(ctx.plain, (z1, z2), needed, gradient), *no_others
         if gradient.ndim:  # one for each chunk: repeat it for the rows
-            parts = gradient.split([k for k, _ in ctx.runs], -1)
-            rows = zip(parts, ctx.runs, strict=True)
+            parts = gradient.split([k for k, _ in ctx.stacks], -1)
+            rows = zip(parts, ctx.stacks, strict=True)
             gradient = torch.cat([g.repeat_interleave(n, -1) for g, (_, n) in rows], -1)
             gradient = gradient.unsqueeze(-1)
-        found = (by_row * gradient).to(z1.dtype)
+        gradients = (by_row * gradient).to(z1.dtype)
         if order is not None:
-            found = found.new_zeros(2, *z1.shape).index_copy_(-2, order, found)
-        return *found.unbind(), *others
+            zeros = gradients.new_zeros(2, *z1.shape)
+            gradients = zeros.index_copy_(-2, order, gradients)
+        return *gradients.unbind(), *no_others
 
 
-def _cut(x: Tensor, runs: Runs) -> Iterator[Tensor]:
-    """Yield the chunks of each run of rows `(*, N, D)` in turn, as `(chunks, n, D)`."""
-    pieces = x.split([k * n for k, n in runs], -2) if len(runs) > 1 else (x,)
-    for piece, (k, n) in zip(pieces, runs, strict=True):
+def _cut(x: Tensor, stacks: Stacks) -> Iterator[Tensor]:
+    """Yield the chunks of each stack of rows `(*, N, D)` in turn, as `(chunks, n, D)`."""
+    pieces = x.split([k * n for k, n in stacks], -2) if len(stacks) > 1 else (x,)
+    for piece, (k, n) in zip(pieces, stacks, strict=True):
         yield piece.reshape(piece.shape[:-2].numel() * k, n, piece.shape[-1])
 
 
@@ -150,7 +151,7 @@ def _nearly_coincide(u: Tensor) -> bool:
     lengths = torch.linalg.vector_norm(u.mean(-2), dim=-1)
     try:
         longest: float = lengths.max().item()
-        return longest > math.sqrt((1 + COINCIDENCE * (n - 1)) / n)
+        return longest > math.sqrt((1 + MAX_MEAN_COSINE * (n - 1)) / n)
     except RuntimeError:  # fake tensors have no values
         return True
 
@@ -180,18 +181,21 @@ def _compare_directly(
     x: Tensor, length: Tensor, factor: float | None
 ) -> tuple[Tensor, Tensor | None]:
     gram = torch.bmm(x, x.mT)
-    first, second = gram.chunk(2)
-    torch.sub(second, first, out=first)  # -Δ, and exactly 0 for equal views
-    first.diagonal(0, -2, -1).zero_()
-    gap = first.square().sum(-1)
+    gram1, gram2 = gram.chunk(2)
+    minus_delta = torch.sub(gram2, gram1, out=gram1)  # exactly 0 for equal views
+    minus_delta.diagonal(0, -2, -1).zero_()
+    gap = minus_delta.square().sum(-1)  # Σ_j Δ_ij²
     if factor is None:
         return gap, None
-    # The gradient of a unit row has no part along the row. That of u_i in Σ_j Δ_ij u_j, which is
-    # Σ_j Δ_ij u_i·u_j, is subtracted with the diagonal of Δ, which is free for it.
-    along = second.mul_(first).sum(-1)
-    torch.neg(first, out=second)
-    torch.sub(gap, along, out=first.diagonal(0, -2, -1))
-    second.diagonal(0, -2, -1).copy_(along)
+    # The gradient of a unit row has no part along the row. These parts are subtracted with the
+    # diagonal of Δ, which is free for them. With a_i = Σ_j Δ_ij u_i·u_j and b_i = Σ_j Δ_ij v_i·v_j,
+    # where a_i - b_i = Σ_j Δ_ij², the gradients are
+    #     (Δ - diag a) U   and   -(Δ - diag b) V
+    # `gram` becomes the two matrices with the opposite signs, and is divided by -length / factor.
+    minus_b = gram2.mul_(minus_delta).sum(-1)
+    delta = torch.neg(minus_delta, out=gram2)
+    torch.sub(gap, minus_b, out=minus_delta.diagonal(0, -2, -1))
+    delta.diagonal(0, -2, -1).copy_(minus_b)
     return gap, torch.bmm(gram.div_(length / -factor), x)
 
 
@@ -200,36 +204,34 @@ def _compare_by_columns(
 ) -> tuple[Tensor, Tensor | None]:
     """Do the same in float64, where chunks have many more rows than dimensions."""
     k, n, d = len(x) // 2, *x.shape[1:]
-    both = x.new_empty(k, n, 2, d, dtype=exact(x[:0]).dtype)
-    both.copy_(x.view(2, k, n, d).movedim(0, 2))
-    squared = torch.linalg.vector_norm(both, dim=-1).square()
-    mean = both.mean(1, keepdim=True)
-    lengths = mean.square().sum(-1)
-    along_mean = both.new_zeros(k, 2, d, 2)
-    along_mean.diagonal(0, 1, 3).copy_(mean.squeeze(1).mT)
-    both.sub_(mean)
-    both = both.view(k, n, 2 * d)
-    p = torch.bmm(both, along_mean.view(k, 2 * d, 2)).add_(lengths, alpha=0.5)
+    uv = x.new_empty(k, n, 2, d, dtype=exact(x[:0]).dtype)
+    uv.copy_(x.view(2, k, n, d).movedim(0, 2))
+    squares = torch.linalg.vector_norm(uv, dim=-1).square()
+    diagonal = (squares[..., 0] - squares[..., 1]).square().sum(-1)  # Σ Δ_ii²
+    m = uv.mean(1, keepdim=True)
+    ab = uv.sub_(m).view(k, n, 2 * d)
+    m_by_view = m.new_zeros(k, 2, d, 2)
+    m_by_view.diagonal(0, 1, 3).copy_(m.squeeze(1).mT)
+    p = torch.bmm(ab, m_by_view.view(k, 2 * d, 2)).add_(m.square().sum(-1), alpha=0.5)
     r = torch.sub(*p.unbind(-1))
-    total = r.sum(-1, keepdim=True)
-    products = torch.bmm(both.mT, both)
-    turned = products.clone()
-    turned[:, :d, d:].neg_()
-    turned[:, d:, :d].neg_()
-    own = (squared[..., 0] - squared[..., 1]).square().sum(-1)
-    gap = products.mul_(turned).sum((-2, -1), keepdim=True).squeeze(-1)
-    gap += 2 * n * r.square().sum(-1, keepdim=True) + 2 * total.square() - own.unsqueeze(-1)
+    sum_r = r.sum(-1, keepdim=True)
+    c = torch.bmm(ab.mT, ab)
+    c_negated = c.clone()
+    c_negated[:, :d, d:].neg_()
+    c_negated[:, d:, :d].neg_()
+    gap = c.mul_(c_negated).sum((-2, -1), keepdim=True).squeeze(-1)
+    gap += 2 * n * r.square().sum(-1, keepdim=True) + 2 * sum_r.square() - diagonal.unsqueeze(-1)
     gap.clamp_min_(0)  # it is not below 0 but for rounding
     if factor is None:
         return gap, None
-    # The diagonal of Δ pulls each row along itself only: it need not be left out.
+    # The diagonal of Δ pulls each row along itself only: it need not be left out. The two products
+    # of a column and a row, 1 [rᵀ A, -rᵀ B] and q [m, -m']ᵀ, are one product.
+    columns = torch.stack((torch.ones_like(r), n * r + sum_r), -1)
+    rows = torch.cat((torch.bmm(r.unsqueeze(1), ab), m.view(k, 1, 2 * d)), 1)
+    rows[..., d:].neg_()
+    product = torch.bmm(ab, c_negated).baddbmm_(columns, rows, beta=factor, alpha=factor)
     gradient = torch.empty_like(x)
-    found = torch.bmm(both, turned)
-    ends = torch.cat((torch.bmm(r.unsqueeze(1), both), mean.view(k, 1, 2 * d)), 1)
-    ends[..., d:].neg_()
-    starts = torch.stack((torch.ones_like(r), n * r + total), -1)
-    found = found.baddbmm_(starts, ends, beta=factor, alpha=factor).view(k, n, 2, d)
-    gradient.view(2, k, n, d).copy_(found.movedim(2, 0))
+    gradient.view(2, k, n, d).copy_(product.view(k, n, 2, d).movedim(2, 0))
     return gap, gradient_of_rows(gradient, x, length)[0]
 
 
