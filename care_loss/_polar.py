@@ -156,6 +156,7 @@ def _(info: Any, in_dims: Any, q: Tensor) -> Any:
 
 
 def with_last_times(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the last entries of `x` along dim -1 by a factor."""
     return torch.cat((x[..., :-1], x[..., -1:] * factor), -1)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from care_loss._checks import check_floating, show
 
@@ -20,6 +21,23 @@ def check_encoder(value: Any) -> None:
         raise TypeError(
             f"`encoder` must be a callable that maps images to embeddings, got {show(value)}: "
             "pass a module or a function."
+        )
+
+
+def check_encoders(value: Any, baseline: Any) -> None:
+    """Require two named encoders or more, of which one is the baseline."""
+    if not isinstance(value, Mapping) or len(value) < 2:
+        raise TypeError(
+            "`encoders` must map at least two names to encoders, got "
+            f"{show(value) if not isinstance(value, Mapping) else list(value)}: a figure without "
+            "one to compare it with says nothing. Give a control, too."
+        )
+    for encoder in value.values():
+        check_encoder(encoder)
+    if baseline not in value:
+        raise ValueError(
+            f"`baseline` must be one of the names {list(value)}, got {baseline!r}: name the "
+            "stronger control, such as the training without the augmentation in its views."
         )
 
 
@@ -39,9 +57,9 @@ def check_transformations(value: Any) -> None:
             )
 
 
-def check_loader(value: Any, is_loader: bool) -> None:
+def check_loader(value: Any) -> None:
     """Require a DataLoader where the images are not a tensor."""
-    if not is_loader:
+    if not isinstance(value, DataLoader):
         raise TypeError(
             "`images` must be a tensor (N, ...) or a torch.utils.data.DataLoader, got "
             f"{show(value)}: stack the images with torch.stack()."

@@ -22,6 +22,7 @@ LAYERS = (
     ("functional", "metrics._sampling", "metrics._tables"),
     ("distributed", "metrics._measures"),
     ("metrics._frequencies", "metrics._report", "modules"),
+    ("metrics._compare", "metrics._monitor"),
     ("metrics.__init__",),
     ("__init__",),
 )

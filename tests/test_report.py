@@ -63,7 +63,7 @@ def figures_with(**values):
     chosen = {
         "mean_norm": 0.1,
         "effective_rank": 5.0,
-        "invariance_error": 1.0,
+        "displacement": 1.0,
         "gap_ratio": 0.01,
         "share_above_chance": 0.99,
     } | values
@@ -74,7 +74,8 @@ def figures_with(**values):
     ("name", "inside", "outside", "word", "otherwise"),
     [
         ("mean_norm", 0.991, 0.989, "collapsed", "equivariant"),
-        ("invariance_error", 0.049, 0.051, "invariant", "equivariant"),
+        ("displacement", 0.049, 0.051, "invariant", "nearly invariant"),
+        ("displacement", 0.199, 0.201, "nearly invariant", "equivariant"),
         ("gap_ratio", 0.099, 0.101, "equivariant", "partly equivariant"),
         ("gap_ratio", 0.499, 0.501, "partly equivariant", "not equivariant"),
         ("share_above_chance", 0.901, 0.899, "equivariant", "partly equivariant"),
@@ -82,8 +83,10 @@ def figures_with(**values):
     ],
 )
 def test_each_threshold_of_the_verdict(name, inside, outside, word, otherwise):
-    assert _report.verdict(figures_with(**{name: inside}), 100, 8) == word
-    assert _report.verdict(figures_with(**{name: outside}), 100, 8) == otherwise
+    for value, expected in ((inside, word), (outside, otherwise)):
+        verdict, reason = _report.verdict(figures_with(**{name: value}), 100, 8)
+        assert verdict == expected
+        assert verdict != word or f"{value:.3f}" in reason
 
 
 def verdict_of(encoder, transform=turn, n=120, d=4, **options):
@@ -121,11 +124,15 @@ def test_an_encoder_just_below_and_just_above_each_threshold():
         return torch.cat([turn(x[:, :4]), x[:, 4:]], 1)
 
     def displacement(figures):
-        return figures["invariance_error"].mean / figures["invariance_error"].shuffled
+        return figures["displacement"].mean
 
     options = {"transform": turn_half, "d": 8}
-    found = crossing(small, displacement, _report.MAX_INVARIANT_ERROR, 0.0, 0.5, **options)
-    assert found == ["invariant", "equivariant"]
+    threshold = _report.MAX_INVARIANT_DISPLACEMENT
+    found = crossing(small, displacement, threshold, 0.0, 0.5, **options)
+    assert found == ["invariant", "nearly invariant"]
+    threshold = _report.MAX_NEARLY_INVARIANT_DISPLACEMENT
+    found = crossing(small, displacement, threshold, 0.0, 0.5, **options)
+    assert found == ["nearly invariant", "equivariant"]
 
     def gap_ratio(figures):
         return figures["gap_ratio"].mean
@@ -267,7 +274,7 @@ def test_a_fixed_transformation_has_one_draw_and_no_unshared_control():
     assert row.draws == 1
     assert row.verdict == "equivariant"
     assert all(math.isnan(row.figures[name].mean) for name in ("gap_ratio", "unshared_gap"))
-    assert "no unshared control" in str(report)
+    assert "no unshared control" in report.full()
     assert math.isnan(row.figures["composition_share"].mean)  # two flips move nothing
     assert row.figures["composition_error"].mean < 1e-10
     assert all(
@@ -316,9 +323,45 @@ def test_the_angles_are_those_of_the_turns():
     assert row.figures["angle"].mean == pytest.approx(row.angles.mean().item())
 
 
-def test_the_report_prints_aligned_and_turns_into_numbers_and_html():
+def test_the_report_prints_one_short_table_with_reasons():
+    names = {"turn": turn, "a name that is so long that it does not fit into its column": turn}
+    report = quiet(Noisy(0.3), points(60, 4), names | {"same": lambda x: x}, samples=4)
+    text = str(report)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 88
+    row = report.row("turn")
+    gap, share = row.figures["gap_ratio"], row.figures["share_above_chance"]
+    assert f"{gap.mean:.3f} ± {gap.error:.3f}  {share.mean:.3f} ± {share.error:.3f}" in text
+    assert f"  {row.verdict}: gap ratio {gap.mean:.3f} " in text
+    assert "no change: no draw changed an image." in text
+    assert "another draw" not in text
+    heads = next(line for line in lines if "gap ratio" in line)
+    (cells,) = [line for line in lines if line.startswith("turn")]
+    assert cells[heads.index("gap ratio")] == "0"
+    assert cells[heads.index("gap ratio") - 1] == " "
+
+
+def test_two_outputs_have_a_line_each():
+    report = quiet(lambda x: (x, x[:, :3]), points(60, 4), {"turn": turn}, samples=4)
+    assert "turn, features" in str(report)
+    assert "turn, projections" in str(report)
+
+
+def test_scalars_are_flat_and_all_there():
+    report = quiet(Noisy(0.3), points(60, 4), {"turn": turn, "same": lambda x: x}, samples=4)
+    found = report.scalars("val/")
+    names = ("gap_ratio", "share_above_chance", "displacement", "mean_norm", "effective_rank")
+    assert list(found) == [f"val/{t}/{name}" for t in ("turn", "same") for name in names]
+    assert all(type(value) is float for value in found.values())
+    assert found["val/turn/gap_ratio"] == report.row("turn").figures["gap_ratio"].mean
+    assert math.isnan(found["val/same/gap_ratio"])
+    error = report.row("turn").figures["invariance_error"]
+    assert found["val/turn/displacement"] == pytest.approx(error.mean / error.shuffled)
+
+
+def test_the_full_report_prints_aligned_and_turns_into_numbers_and_html():
     report = quiet(Noisy(0.3), points(60, 4), {"turn": turn, "a < b": flip}, samples=4)
-    lines = str(report).splitlines()
+    lines = report.full().splitlines()
     heads = next(line for line in lines if line.startswith("transformation"))
     rows = [line for line in lines if line.startswith("turn")]
     for column in ("against", "verdict", "gap ratio", "rotation share"):

@@ -18,6 +18,7 @@ Three things make an encoder look equivariant that is not, and each has its reme
   is the gap ratio of the two.
 """
 
+from care_loss.metrics._compare import Comparison, compare
 from care_loss.metrics._frequencies import Frequencies, frequencies
 from care_loss.metrics._measures import (
     Retrieval,
@@ -32,15 +33,19 @@ from care_loss.metrics._measures import (
     transformed_retrieval,
     wahba_error,
 )
+from care_loss.metrics._monitor import EquivarianceMonitor
 from care_loss.metrics._report import equivariance_report
 from care_loss.metrics._tables import EquivarianceReport, Estimate, ReportRow
 
 __all__ = [
+    "Comparison",
+    "EquivarianceMonitor",
     "EquivarianceReport",
     "Estimate",
     "Frequencies",
     "ReportRow",
     "Retrieval",
+    "compare",
     "composition_error",
     "cosine_spread",
     "effective_rank",

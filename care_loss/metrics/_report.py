@@ -23,7 +23,13 @@ from care_loss.metrics._measures import (
     unit_rows,
 )
 from care_loss.metrics._sampling import Samples, Transform, sample
-from care_loss.metrics._tables import COLUMNS, EquivarianceReport, Estimate, ReportRow
+from care_loss.metrics._tables import (
+    COLUMNS,
+    EquivarianceReport,
+    Estimate,
+    ReportRow,
+    standard_error,
+)
 from care_loss.rotation import rotation_angles
 
 Numbers = dict[str, Tensor]  # by name, one for each draw
@@ -34,7 +40,8 @@ MAX_PAIRED_IMAGES = 256  # of which the paper's mean of ratios takes all pairs
 UNKNOWN = Estimate(math.nan, math.nan)
 MIN_DISPLACEMENT = 0.01  # of a pair, relative to the mean: the others are near the identity
 MIN_COLLAPSED_NORM = 0.99  # the mean norm from which an encoder is called collapsed
-MAX_INVARIANT_ERROR = 0.05  # relative to that of shuffled rows
+MIN_COLLAPSING_NORM = 0.9  # from there on, a warning
+MAX_INVARIANT_DISPLACEMENT, MAX_NEARLY_INVARIANT_DISPLACEMENT = 0.05, 0.2  # parts of chance
 EQUIVARIANT = 0.1, 0.9  # the highest gap ratio and the lowest share above chance
 PARTLY = 0.5, 0.5
 
@@ -67,7 +74,8 @@ def equivariance_report(
 
     * `"no change"`: no draw changed an image, which shows nothing of the encoder.
     * `"collapsed"`: the mean norm is at least 0.99, or all embeddings are 0.
-    * `"invariant"`: the invariance error is under 5 % of that of shuffled rows. The shares are NaN.
+    * `"invariant"`: the displacement is under 5 % of that of shuffled rows. The shares are NaN.
+    * `"nearly invariant"`: it is under 20 %. Whether one rotation explains so little says little.
     * `"too few images"`: there are fewer than 2 D images, so that each half has fewer rows than
       dimensions, and a fit to it does not determine the rotation.
     * `"equivariant"`: the gap ratio is at most 0.1, and the share above chance at least 0.9.
@@ -104,7 +112,8 @@ def equivariance_report(
             notebook if tqdm is installed.
 
     Returns:
-        A report, which prints as tables. Its figures, all of unit rows, are:
+        A report. It prints as one table, with the reason for each verdict; `full()` returns the
+        text of all figures. These are, all of unit rows:
 
         * `gap_ratio`, `shared_gap`, `unshared_gap`: :func:`equivariance_error` under shared and
           unshared draws, and their ratio.
@@ -119,6 +128,7 @@ def equivariance_report(
           fitted to both in succession.
         * `mrr`, `hits_at_1`, `hits_at_5`: :func:`transformed_retrieval`, among 1,024 images at
           most.
+        * `displacement`: the invariance error, divided by that of shuffled rows.
         * `wahba_error`, `invariance_error` (of the draws that changed an image),
           `relative_equivariance`, `cosine_spread` (for `D = 2`), `effective_rank` and `mean_norm`
           (of the images before the transformation): the functions of this name.
@@ -166,24 +176,32 @@ def equivariance_report(
 
 def _rows(name: str, output: str, samples: Samples) -> list[ReportRow]:
     """Return the row against clean images and, unless draws are equal, the one against draws."""
+    rows = [row_against_clean(name, output, samples)]
+    if output in samples.unshared:
+        shared, unshared = samples.shared[output], samples.unshared[output]
+        first, second = shared[0:-1:2], shared[1::2]
+        control = unshared[0::2], unshared[1::2]
+        figures, by_draw = _figures(first, second, samples.differ, control)
+        labels = name, output, "another draw"
+        rows.append(_row(labels, first, second, samples.differ, figures, by_draw, []))
+    return rows
+
+
+def row_against_clean(name: str, output: str, samples: Samples) -> ReportRow:
+    """Compare the transformed images with the clean ones."""
     clean, shared = samples.clean[output], samples.shared[output]
     unshared, twice = samples.unshared.get(output), samples.twice.get(output)
-    # Pairs of draws; a transformation whose draws are all equal is paired with itself.
-    first, second = (shared[0:-1:2], shared[1::2]) if unshared is not None else (shared, shared)
     control = None if unshared is None else (clean, unshared)
-    figures = _figures(clean, shared, samples.acted, control)
+    figures, by_draw = _figures(clean, shared, samples.acted, control)
     warnings = []
     if twice is None:
-        warnings.append("composition is not measured, because the size of the images changes.")
+        warnings.append("Composition is not measured, because the size of the images changes.")
     else:
+        # Pairs of draws; a transformation whose draws are all equal is paired with itself.
+        first, second = (shared[0:-1:2], shared[1::2]) if unshared is not None else (shared, shared)
         figures |= _composition(clean, first, second, twice)
-    rows = [_row((name, output, "clean"), clean, shared, samples.acted, figures, warnings)]
-    if unshared is not None:
-        control = unshared[0::2], unshared[1::2]
-        figures = _figures(first, second, samples.differ, control)
-        labels = name, output, "another draw"
-        rows.append(_row(labels, first, second, samples.differ, figures, []))
-    return rows
+    labels = name, output, "clean"
+    return _row(labels, clean, shared, samples.acted, figures, by_draw, warnings)
 
 
 def _row(
@@ -192,21 +210,27 @@ def _row(
     moved: Tensor,
     acted: Tensor,
     figures: dict[str, Estimate],
+    by_draw: dict[str, tuple[Tensor, ...]],
     warnings: list[str],
 ) -> ReportRow:
     """Reach the verdict, and say what limits the figures."""
     draws, n, d = moved.shape
-    decided = verdict(figures, n, d) if acted.any() else "no change"
+    decided, reason = "no change", "no draw changed an image"
+    if acted.any():
+        decided, reason = verdict(figures, n, d)
     still, zeros = int((~acted).sum()), int((z == 0).all(-1).sum())
     if still:
         warnings.append(
             f"{still} of {draws} draws change no image, and are left out of the displacement and "
             "the shares."
         )
+    norm = figures["mean_norm"].mean
+    if decided != "collapsed" and norm > MIN_COLLAPSING_NORM:
+        warnings.append(f"The mean norm is {norm:.3f}: the embeddings come near one point.")
     if zeros:
         warnings.append(f"{zeros} embeddings are 0, and have no direction.")
     if decided == "invariant":
-        warnings.append("the gap ratio of an invariant encoder is one of two small errors.")
+        warnings.append("The gap ratio of an invariant encoder is one of two small errors.")
     if decided == "too few images":
         warnings.append(f"{n} images are too few for D = {d}: measure at least 4 D = {4 * d}.")
     elif n < 4 * d:
@@ -215,43 +239,58 @@ def _row(
             "no linear share."
         )
     if "unshared_gap" not in figures:
-        warnings.append("all draws are equal: there is no unshared control.")
+        warnings.append("All draws are equal: there is no unshared control.")
     angles = _by_draws(_angles, *_few(z, moved))["angles"]
     if d > 1:
         figures["angle"] = _mean(angles[:, 0])
     shown = {key: figures.get(key, UNKNOWN) for key in COLUMNS}
-    return ReportRow(*labels, decided, n, d, draws, tuple(warnings), shown, angles)
+    return ReportRow(*labels, decided, reason, n, d, draws, tuple(warnings), shown, angles, by_draw)
 
 
-def verdict(figures: Mapping[str, Estimate], n: int, d: int) -> str:
-    """Return the verdict for `n` images and embeddings of dimension `d`, if a draw did anything."""
-    error = figures["invariance_error"]
-    norm, rank = figures["mean_norm"].mean, figures["effective_rank"].mean
-    if not norm < MIN_COLLAPSED_NORM or math.isnan(rank):
-        return "collapsed"
-    if error.mean < MAX_INVARIANT_ERROR * error.shuffled:
-        return "invariant"
+def verdict(figures: Mapping[str, Estimate], n: int, d: int) -> tuple[str, str]:
+    """Return the verdict and its reason, if a draw changed an image.
+
+    There are `n` images, and embeddings of dimension `d`.
+    """
+    norm, moved = figures["mean_norm"].mean, figures["displacement"].mean
+    if math.isnan(figures["effective_rank"].mean):
+        return "collapsed", "all embeddings are 0"
+    if not norm < MIN_COLLAPSED_NORM:
+        return "collapsed", f"mean norm {norm:.3f} ≥ {MIN_COLLAPSED_NORM}"
+    for word, highest in (
+        ("invariant", MAX_INVARIANT_DISPLACEMENT),
+        ("nearly invariant", MAX_NEARLY_INVARIANT_DISPLACEMENT),
+    ):
+        if moved < highest:
+            return word, f"displacement {moved:.3f} < {highest} of chance"
     if n < 2 * d:
-        return "too few images"
-    gap, share = figures.get("gap_ratio", Estimate(0, 0)).mean, figures["share_above_chance"].mean
+        return "too few images", f"{n} images < 2 D = {2 * d}"
+    gap, share = figures.get("gap_ratio", UNKNOWN).mean, figures["share_above_chance"].mean
     for word, (highest, lowest) in ("equivariant", EQUIVARIANT), ("partly equivariant", PARTLY):
-        if gap <= highest:
+        # A fixed transformation has no gap ratio.
+        of_gap = "" if math.isnan(gap) else f"gap ratio {gap:.3f} ≤ {highest}, "
+        if not gap > highest:
             if share >= lowest:
-                return word
+                return word, f"{of_gap}share above chance {share:.3f} ≥ {lowest}"
             if n < 4 * d:  # fits to so few rows are worse than the rotation itself
-                return "too few images"
-    return "not equivariant"
+                return "too few images", f"share above chance {share:.3f}, {n} < 4 D = {4 * d}"
+    if gap > PARTLY[0]:
+        return "not equivariant", f"gap ratio {gap:.3f} > {PARTLY[0]}"
+    return "not equivariant", f"share above chance {share:.3f} < {PARTLY[1]}"
 
 
 def _figures(
     z: Tensor, moved: Tensor, acted: Tensor, control: tuple[Tensor, Tensor] | None
-) -> dict[str, Estimate]:
-    """Measure pairs of embeddings, `(draws, n, D)` or one `(n, D)` for all, with their controls."""
+) -> tuple[dict[str, Estimate], dict[str, tuple[Tensor, ...]]]:
+    """Measure pairs of embeddings, `(draws, n, D)` or one `(n, D)` for all, with their controls.
+
+    Returns the figures, and for the main ones what each draw adds to them, linearised.
+    """
     n, d = moved.shape[-2:]
     numbers = _by_draws(_numbers, z, moved)
     chance = _by_draws(partial(_numbers, shuffled=True), *_few(z, moved))
     # A draw that changes no image says nothing of the encoder.
-    displacement = _mean(numbers["moved"][acted], chance["moved"])
+    error = _mean(numbers["moved"][acted], chance["moved"])
 
     def share(name: str) -> Estimate:
         """Return the share of the displacement that maps with this error explain."""
@@ -268,7 +307,8 @@ def _figures(
         "share_above_chance": _above_chance(rotation),
         "linear_share": linear,
         "wahba_error": _mean(numbers["wahba"], chance["wahba"]),
-        "invariance_error": displacement,
+        "invariance_error": error,
+        "displacement": _in_units_of_chance(error),
         "relative_equivariance": _ratio(4 * gap, squared, 4 * chance["gap"], chance["squared"]),
         "mean_of_ratios": _mean(ratios),
         "near_identity": _mean(left_out),
@@ -279,12 +319,19 @@ def _figures(
         figures[name] = _mean(numbers[name], chance[name])
     if d != 2:
         del figures["cosine_spread"]
+    squares, errors = (numbers[name][acted].square() for name in ("moved", "wahba"))
+    rest = (1 - rotation.mean) * squares - errors
+    by_draw: dict[str, tuple[Tensor, ...]] = {
+        "displacement": (numbers["moved"][acted] / chance["moved"].mean(),),
+        "share_above_chance": (rest / squares.mean() / (1 - rotation.shuffled or math.nan),),
+    }
     if control is not None:
         gaps = _by_draws(lambda *pair: {"gap": equivariance_error(*pair)}, *control)["gap"]
         unshared = _mean(gaps)
         figures["unshared_gap"] = unshared
-        figures["gap_ratio"] = _quotient(figures["shared_gap"], unshared)
-    return figures
+        figures["gap_ratio"] = ratio = _quotient(figures["shared_gap"], unshared)
+        by_draw["gap_ratio"] = gap / gaps.mean(), -ratio.mean * gaps / gaps.mean()
+    return figures, by_draw
 
 
 def _composition(z: Tensor, a: Tensor, b: Tensor, twice: Tensor) -> dict[str, Estimate]:
@@ -377,13 +424,13 @@ def _mean_of_ratios(z: Tensor, moved: Tensor) -> Numbers:
 
 def _mean(values: Tensor, shuffled: Tensor | None = None) -> Estimate:
     chance = math.nan if shuffled is None else shuffled.mean().item()
-    return Estimate(values.mean().item(), _standard_error(values), chance)
+    return Estimate(values.mean().item(), standard_error(values), chance)
 
 
 def _ratio(top: Tensor, bottom: Tensor, *shuffled: Tensor) -> Estimate:
     """Return the ratio of the means over draws; its error is that of the linearised ratio."""
     ratio = top.mean() / bottom.mean()
-    error = _standard_error((top - ratio * bottom) / bottom.mean())
+    error = standard_error((top - ratio * bottom) / bottom.mean())
     return Estimate(ratio.item(), error, _ratio(*shuffled).mean if shuffled else math.nan)
 
 
@@ -397,17 +444,19 @@ def _quotient(top: Estimate, bottom: Estimate) -> Estimate:
 
 def _share(error: Tensor, moved: Tensor, chance: Tensor, chance_moved: Tensor) -> Estimate:
     """Return the share of the displacement that is explained; NaN if an encoder is invariant."""
-    if moved.mean() < MAX_INVARIANT_ERROR * chance_moved.mean():
+    if moved.mean() < MAX_INVARIANT_DISPLACEMENT * chance_moved.mean():
         return UNKNOWN
     rest = _ratio(*(x.square() for x in (error, moved, chance, chance_moved)))
     return Estimate(1 - rest.mean, rest.error, 1 - rest.shuffled)
+
+
+def _in_units_of_chance(error: Estimate) -> Estimate:
+    """Return an error divided by that of shuffled rows."""
+    chance = error.shuffled
+    return Estimate(error.mean / chance, error.error / chance) if chance else UNKNOWN
 
 
 def _above_chance(share: Estimate) -> Estimate:
     """Return the share in units of what chance leaves: 0 for shuffled rows, 1 for a rotation."""
     left = 1 - share.shuffled
     return Estimate(1 - (1 - share.mean) / left, share.error / left) if left else UNKNOWN
-
-
-def _standard_error(values: Tensor) -> float:
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0

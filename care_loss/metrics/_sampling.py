@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from care_loss import _report_checks, _rng, _view_checks
 
@@ -41,10 +40,13 @@ def sample(
     device: torch.device | None,
     seed: int,
     progress: bool | None,
+    unshared_draws: int = UNSHARED_DRAWS,
+    compose: bool = True,
 ) -> dict[str, Samples]:
     """Embed all images clean, and under each transformation; draws depend on its name and `seed`.
 
     A draw is the same for every batch, and whatever the batch size and the other transformations.
+    Without `compose` no image is transformed twice.
     """
     with _rng.preserved(), _evaluating(encoder), torch.no_grad():
         _rng.seed(seed % 2**32)  # the order of a loader that shuffles
@@ -52,7 +54,15 @@ def sample(
         first = _report_checks.as_images(next(batches, None))
         device = device or _device(encoder) or first.device
         drawn = [
-            _Drawn(name, transform, first[:MAX_PROBED_IMAGES].to(device), seed, samples)
+            _Drawn(
+                name,
+                transform,
+                first[:MAX_PROBED_IMAGES].to(device),
+                seed,
+                samples,
+                unshared_draws,
+                compose,
+            )
             for name, transform in transformations.items()
         ]
         embed = _Embedder(encoder)
@@ -113,16 +123,24 @@ class _Drawn:
     """A transformation with the seeds of its draws, and what these have done to the images."""
 
     def __init__(
-        self, name: str, transform: Transform, probe: Tensor, seed: int, samples: int
+        self,
+        name: str,
+        transform: Transform,
+        probe: Tensor,
+        seed: int,
+        samples: int,
+        unshared_draws: int,
+        compose: bool,
     ) -> None:
         self.name, self.transform, self.seed = name, transform, seed
         self.seeds = [_seed(f"{seed} {name} {k}") for k in range(samples)]
-        self.unshared = UNSHARED_DRAWS
+        self.unshared_draws = unshared_draws
         self._try(probe)
+        self.composes &= compose
         self.acted = [False] * len(self.seeds)
         self.new = [False] * len(self.seeds)  # whether a draw was unlike the first
         self.differ = [False] * max(1, len(self.seeds) // 2)
-        self.forwards = len(self.seeds) + self.unshared + len(self.differ) * self.composes
+        self.forwards = len(self.seeds) + self.unshared_draws + len(self.differ) * self.composes
 
     def _try(self, probe: Tensor) -> None:
         """Try the transformation on copies of a few images, before any work."""
@@ -143,7 +161,7 @@ class _Drawn:
             drew = not _rng.same_states(before, _rng.states())
         views = [self._replay(probe, value) for value in self.seeds]
         if not drew and all(torch.equal(other, views[0]) for other in views[1:]):
-            self.seeds, self.unshared = self.seeds[:1], 0
+            self.seeds, self.unshared_draws = self.seeds[:1], 0
 
     def views(self, x: Tensor, done: int) -> Iterator[tuple[str, int, Tensor]]:
         """Yield the views of a batch that follows `done` images; some draws at once are held."""
@@ -160,7 +178,7 @@ class _Drawn:
             second = min(k + 1, len(self.seeds) - 1)
             if self.composes and k % 2 == 0 and k // 2 < len(self.differ):
                 yield "twice", k, self._replay(view, self.seeds[second])
-        for k in range(self.unshared):
+        for k in range(self.unshared_draws):
             yield "unshared", k, self._unshared(x, k, done)
 
     def collect(self, embed: _Embedder) -> Samples:
@@ -202,7 +220,7 @@ def _batches(images: Any, batch_size: int) -> tuple[int | None, Iterator[Any]]:
     """Return the number of batches of images, where it is known, and the batches."""
     if isinstance(images, Tensor):
         return -(-len(images) // batch_size), iter(images.split(batch_size))
-    _report_checks.check_loader(images, isinstance(images, DataLoader))
+    _report_checks.check_loader(images)
     try:
         count = len(images)
     except TypeError:  # of a dataset without a length

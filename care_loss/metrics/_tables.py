@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class ReportRow:
         against: What the transformed images are compared with: `"clean"` images, or `"another
             draw"` of the transformation.
         verdict: One of the verdicts that :func:`equivariance_report` lists.
+        reason: The figures that led to the verdict, beside their thresholds.
         images: The number of images.
         dim: The embedding dimension.
         draws: The number of draws, or of pairs of them; 1 for a fixed transformation.
@@ -42,20 +44,33 @@ class ReportRow:
         figures: An :class:`Estimate` for each name of a figure.
         angles: The principal angles of the rotations of SO(D) that are fitted to all rows, in
             radians, for the first 16 draws, `(min(draws, 16), D // 2)`.
+        by_draw: For the gap ratio, the share above chance and the displacement, what each draw adds
+            to the mean, linearised. Their variances give the errors, and those of their differences
+            the error of a difference under the same draws.
     """
 
     transformation: str
     output: str
     against: str
     verdict: str
+    reason: str
     images: int
     dim: int
     draws: int
     warnings: tuple[str, ...]
     figures: Mapping[str, Estimate] = field(repr=False)
     angles: Tensor = field(repr=False)
+    by_draw: Mapping[str, tuple[Tensor, ...]] = field(repr=False)
 
 
+WIDTH = 88  # of what is printed
+MAIN = {
+    "gap_ratio": "gap ratio",
+    "share_above_chance": "share above chance",
+    "displacement": "displacement",
+    "mean_norm": "mean norm",
+}
+SCALARS = (*MAIN, "effective_rank")
 CAPTION = "Mean ± standard error over draws:"
 COLUMNS = {
     "gap_ratio": "gap ratio",
@@ -69,6 +84,7 @@ COLUMNS = {
     "hits_at_1": "hits@1",
     "hits_at_5": "hits@5",
     "wahba_error": "Wahba error",
+    "displacement": "displacement",
     "invariance_error": "invariance error",
     "relative_equivariance": "relative equiv.",
     "mean_of_ratios": "mean of ratios",
@@ -80,10 +96,17 @@ COLUMNS = {
     "effective_rank": "effective rank",
     "mean_norm": "mean norm",
 }
+LEGEND = (
+    "gap ratio: how much the Gram matrix changes under draws that all images share, relative to "
+    "draws for each image. share above chance: the part of the displacement that one rotation "
+    "explains. displacement: in units of the distance between different images. "
+    ".full() has all figures."
+)
 BLOCKS = (
     ("gap_ratio", "rotation_share", "share_above_chance", "linear_share", "composition_share"),
     ("shared_gap", "unshared_gap", "mrr", "hits_at_1", "hits_at_5"),
-    ("wahba_error", "invariance_error", "composition_error", "composition_from_direct", "angle"),
+    ("wahba_error", "invariance_error", "displacement", "composition_error"),
+    ("composition_from_direct", "angle"),
     ("relative_equivariance", "mean_of_ratios", "near_identity", "effective_rank", "mean_norm"),
     ("cosine_spread",),
 )
@@ -91,7 +114,7 @@ BLOCKS = (
 
 @dataclass(frozen=True, repr=False, eq=False)
 class EquivarianceReport:
-    """The rows of :func:`equivariance_report`; it prints as tables.
+    """The rows of :func:`equivariance_report`; it prints as one table of the main figures.
 
     Attributes:
         rows: One :class:`ReportRow` for each transformation, output and kind of pair.
@@ -122,7 +145,8 @@ class EquivarianceReport:
         """
         rows = []
         for row in self.rows:
-            names = ("transformation", "output", "against", "verdict", "images", "dim", "draws")
+            names = ["transformation", "output", "against", "verdict", "reason"]
+            names += ["images", "dim", "draws"]
             record = {name: getattr(row, name) for name in names}
             record["warnings"] = list(row.warnings)
             for name, (mean, error, shuffled) in row.figures.items():
@@ -165,7 +189,64 @@ class EquivarianceReport:
             for warning in r.warnings
         ]
 
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """Return the main figures as a flat dictionary, for a logger.
+
+        The keys are `prefix`, the name of the transformation, and `/gap_ratio`,
+        `/share_above_chance`, `/displacement` (in units of chance), `/mean_norm` and
+        `/effective_rank`. All keys are always there; a figure that is not defined is NaN. They are
+        of the clean images against the transformed ones, for the encoder's last output.
+        """
+        names = dict.fromkeys(row.transformation for row in self.rows)
+        return {
+            f"{prefix}{name}/{key}": self.row(name).figures[key].mean
+            for name in names
+            for key in SCALARS
+        }
+
+    def _entries(self) -> Iterator[tuple[str, ReportRow, list[str], list[str]]]:
+        """Yield the label, the row, the cells and the sentences of each line of the short table."""
+        several = len({row.output for row in self.rows}) > 1
+        for row in self.rows:
+            if row.against == "clean":
+                label = f"{row.transformation}, {row.output}" if several else row.transformation
+                cells = [_short_cell(name, row.figures[name]) for name in MAIN]
+                yield label, row, cells, [f"{row.verdict}: {row.reason}.", *row.warnings]
+
     def __str__(self) -> str:
+        entries = list(self._entries())
+        heads = list(MAIN.values())
+        widths = [
+            max(map(len, column)) for column in zip(heads, *(e[2] for e in entries), strict=True)
+        ]
+        first = max(0, *(len(label) for label, *_ in entries))
+        first = min(first, WIDTH - sum(widths) - 2 * len(widths))
+
+        def line(label: str, cells: list[str]) -> str:
+            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+            return "  ".join([label.ljust(first), *padded]).rstrip()
+
+        text = [*textwrap.wrap(self._title(), WIDTH), "", line("", heads)]
+        for label, _, cells, sentences in entries:
+            *above, last = textwrap.wrap(label, first)
+            text += [*above, line(last, cells)]
+            for sentence in sentences:
+                text += textwrap.wrap(
+                    sentence, WIDTH, initial_indent="  ", subsequent_indent="    "
+                )
+        return "\n".join([*text, "", *textwrap.wrap(LEGEND, WIDTH)])
+
+    __repr__ = __str__
+
+    def _title(self) -> str:
+        dims = ", ".join(map(str, dict.fromkeys(row.dim for row in self.rows)))
+        return (
+            f"Equivariance of embeddings of {self.images} images, D = {dims} "
+            "(mean ± standard error over draws)"
+        )
+
+    def full(self) -> str:
+        """Return all figures as text: also against another draw, and with the chance level."""
         text = [f"Equivariance of embeddings of {self.images} images"]
         for title, lines in self._tables():
             widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -175,19 +256,32 @@ class EquivarianceReport:
                 text.append("  ".join(padded).rstrip())
         return "\n".join([*text, "", *self._notes()]).rstrip()
 
-    __repr__ = __str__
-
     def _repr_html_(self) -> str:
-        text = [f"<p>Equivariance of embeddings of {self.images} images</p>"]
-        for title, (head, *lines) in self._tables():
-            text.append(f"<p>{title}</p><table>")
-            text += [_html_line("th", head), *(_html_line("td", line) for line in lines)]
-            text.append("</table>")
-        return "".join([*text, *(f"<p>{html.escape(note)}</p>" for note in self._notes())])
+        head = ["", *MAIN.values(), "verdict"]
+        lines = [[label, *cells, " ".join(text)] for label, _, cells, text in self._entries()]
+        full = "".join(html_table(table, [], title) for title, table in self._tables())
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return (
+            html_table([head, *lines], [LEGEND], self._title())
+            + f"<details><summary>all figures</summary>{full}{notes}</details>"
+        )
+
+
+def html_table(table: list[list[str]], sentences: list[str], title: str = "") -> str:
+    """Return lines of cells as HTML, of which the first has the heads, and sentences below."""
+    above, *below = (f"<p>{html.escape(text)}</p>" for text in (title, *sentences))
+    head, *lines = table
+    rows = [_html_line("th", head), *(_html_line("td", line) for line in lines)]
+    return "".join([above if title else "", "<table>", *rows, "</table>", *below])
 
 
 def _html_line(tag: str, cells: list[str]) -> str:
     return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of a mean over draws, 0 for a single one."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
 
 
 def _number(value: float) -> str:
@@ -200,6 +294,14 @@ def _cell(estimate: Estimate | None) -> str:
     if estimate is None or math.isnan(estimate.mean):
         return ""
     return f"{_number(estimate.mean)} ± {_number(estimate.error)}"
+
+
+def _short_cell(name: str, estimate: Estimate) -> str:
+    if math.isnan(estimate.mean):
+        return "-"
+    # The images before the transformation, whose mean this is, are the same for all draws.
+    error = "" if name == "mean_norm" else f" ± {estimate.error:.3f}"
+    return f"{estimate.mean:.3f}{error}"
 
 
 def _chance(estimate: Estimate | None) -> str:
