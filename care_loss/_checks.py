@@ -103,10 +103,11 @@ def check_scale(value: Any) -> None:
     _choice("scale", value, ("mean", "authors"))
 
 
-def as_temperature(value: Any, device: torch.device) -> float | Tensor:
+def as_temperature(value: Any, device: torch.device | None = None) -> float | Tensor:
     """Require a temperature > 0, a number or a tensor without dimensions, and return it.
 
-    Where the value of a tensor is not read, one that is not above 0 becomes NaN.
+    Where the value of a tensor is not read, one that is not above 0 becomes NaN. Without a device,
+    that of the embeddings is not known yet.
     """
     if not isinstance(value, Tensor):
         return as_number("temperature", value)
@@ -115,7 +116,7 @@ def as_temperature(value: Any, device: torch.device) -> float | Tensor:
             f"`temperature` must be a number or a floating point tensor of shape (), got "
             f"{show(value)}: one temperature serves all rows."
         )
-    if value.device.type != "cpu":  # a single number may stay there
+    if device is not None and value.device.type != "cpu":  # a single number may stay there
         check_on_device("temperature", value, device)
     number = read_on_cpu(value, float)
     if number is None:

@@ -1,8 +1,8 @@
 """The losses as modules: they store the arguments of the functions.
 
 They have no parameters or buffers of their own, so `state_dict()` is empty and old checkpoints
-load, unless a `base_loss` brings some. The constructors take plain numbers, strings and booleans,
-which configuration files can contain.
+load, unless a learned temperature or a `base_loss` brings some. The constructors take plain
+numbers, strings and booleans, which configuration files can contain.
 """
 
 from collections.abc import Callable
@@ -25,30 +25,40 @@ class InfoNCELoss(nn.Module):
     It equals the `NTXentLoss` of lightly with the same temperature.
 
     Args:
-        temperature: The temperature, > 0. For a learned temperature, call the function.
+        temperature: The temperature, > 0: a number, or an `nn.Parameter` `()` to learn it. The
+            module registers the parameter, so pass `loss.parameters()` to the optimizer, with
+            weight decay 0, and let DDP wrap the loss together with the encoder. Nothing keeps it
+            above 0: a call with another value is an error on a CPU, and gives NaN elsewhere. Any
+            other tensor `()` is used as it is: it is not saved, and does not move with `.to()`. It
+            may be on the CPU or on the device of the embeddings.
         reduction: `"mean"`, or `"none"` for one value per anchor.
         gather_distributed: Contrast with the rows of all processes, not only with those of this
             one (:func:`care_loss.distributed.info_nce_loss`). Each process then returns the loss of
             the global batch, and the gradients that DDP averages are those of one process with all
             rows. One row per process is enough, and processes may have different numbers of them.
 
+    Raises:
+        TypeError, ValueError: if an argument is not as described, here or in a call.
+
     Example:
         >>> import torch
         >>> loss = InfoNCELoss(temperature=0.2)
         >>> loss(torch.randn(8, 16), torch.randn(8, 16)).shape
         torch.Size([])
+        >>> InfoNCELoss(torch.nn.Parameter(torch.tensor(0.2)))
+        InfoNCELoss(temperature=Parameter(0.2), reduction='mean', gather_distributed=False)
     """
 
     def __init__(
         self,
-        temperature: float = _TEMPERATURE,
+        temperature: float | Tensor = _TEMPERATURE,
         *,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature = _checks.as_number("temperature", temperature)
         _checks.check_reduction(reduction)
+        self.temperature = _as_temperature(temperature)
         self.reduction: Reduction = reduction
         self.gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
 
@@ -141,8 +151,9 @@ class CAREloss(nn.Module):
     the shared views rotate it. An augmentation that is in both is ignored.
 
     Args:
-        temperature: The temperature of InfoNCE, > 0. If `base_loss` is given, leave it out: any
-            value but the default is an error.
+        temperature: The temperature of InfoNCE, > 0: a number, or an `nn.Parameter` `()` to learn
+            it, as in :class:`InfoNCELoss`. If `base_loss` is given, leave it out: any value but the
+            default is an error.
         equivariance_weight: :math:`\lambda \ge 0`, for the given `scale`. The default is 10 for
             `scale="mean"`; with `scale="authors"` it must be given, because 10 would be
             :math:`2(n-1)` times as much there. The attribute may be changed between steps.
@@ -183,7 +194,7 @@ class CAREloss(nn.Module):
     def __init__(
         self,
         *,
-        temperature: float = _TEMPERATURE,
+        temperature: float | Tensor = _TEMPERATURE,
         equivariance_weight: float = _WEIGHT,
         chunks: int | None = None,
         shared_views: bool = False,
@@ -192,10 +203,12 @@ class CAREloss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        temperature = _checks.as_number("temperature", temperature)
+        temperature = _as_temperature(temperature)
         gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
         _checks.check_scale(scale)
-        _check_base_loss(base_loss, gather_distributed, temperature == _TEMPERATURE)
+        # A tensor is not compared, which would read it.
+        is_default = not isinstance(temperature, Tensor) and temperature == _TEMPERATURE
+        _check_base_loss(base_loss, gather_distributed, is_default)
         if equivariance_weight is _WEIGHT:  # the object: a 10.0 that somebody gives is another
             _check_default_weight(scale)
         self.temperature = temperature
@@ -291,7 +304,7 @@ class CAREloss(nn.Module):
 def _info_nce(
     z1: Tensor,
     z2: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: Reduction,
     gather_distributed: bool,
     also: Callable[[], object] = lambda: None,
@@ -303,7 +316,30 @@ def _info_nce(
 
 
 def _arguments(module: nn.Module, *names: str) -> str:
-    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
+    return ", ".join(f"{name}={_described(getattr(module, name))}" for name in names)
+
+
+def _described(value: Any) -> str:
+    """Return the repr of an argument; of a temperature that is a tensor, its kind and value."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    kind = "Parameter" if isinstance(value, nn.Parameter) else "tensor"
+    return f"{kind}({'...' if value.is_meta else format(value.item(), '.6g')})"
+
+
+def _as_temperature(value: Any) -> float | Tensor:
+    """Require a temperature that can be used in every call, and return it."""
+    temperature = _checks.as_temperature(value)
+    if not isinstance(value, Tensor):
+        return temperature
+    if value.grad_fn is not None:
+        raise ValueError(
+            "`temperature` must be a number, an nn.Parameter or another leaf tensor, got the "
+            "result of a computation, which the module would not repeat: pass the nn.Parameter "
+            "itself and move the module with .to(), or compute the temperature in a `base_loss` "
+            "that calls functional.info_nce_loss."
+        )
+    return value  # the same object, for the optimizer
 
 
 def _check_base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool) -> None:

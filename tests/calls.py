@@ -1,6 +1,8 @@
 """Every public function of tensors, called with some: for tests of what holds for all of them."""
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss, functional, metrics, rotation, sphere
 from care_loss.views import augment_chunks, shared_views
@@ -31,6 +33,10 @@ CALLS = {
     "alignment": (functional.alignment_loss, Z1, Z2),
     "CAREloss": (CAREloss(chunks=3), Z1, Z2, Z3, Z4),
     "InfoNCELoss": (InfoNCELoss(), Z1, Z2),
+    "InfoNCELoss, learned": (
+        lambda x, y, t: functional_call(InfoNCELoss(nn.Parameter(T)), {"temperature": t}, (x, y)),
+        *(Z1, Z2, T),
+    ),
     "EquivarianceLoss": (EquivarianceLoss(3), Z1, Z2),
     "fit_rotation": (rotation.fit_rotation, Z1, Z2),
     "fit_rotation, few rows": (rotation.fit_rotation, Z1[:2], Z2[:2]),

@@ -75,6 +75,13 @@ def equivariance_by_id(z1, z2, ids, scale="mean"):
     return np.mean([OF_CHUNK[scale](u[m], v[m]) for m in members if m.sum() > 1])
 
 
+def in_modal_consistency(image, text):
+    """CyCLIP (Goel et al., 2022), the in-modal term: (1/N) sum_j sum_k, with the pairs j = k."""
+    u, v = unit(image), unit(text)
+    n = len(u)
+    return sum((u[j] @ u[k] - v[j] @ v[k]) ** 2 for j in range(n) for k in range(n)) / n
+
+
 def uniformity(z, t):
     """Wang and Isola (2020), section 4.1, without the pairs i = j."""
     z = unit(z)

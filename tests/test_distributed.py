@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from processes import DIM, LOSSES, ROWS, WRONG, gradient_of, images, network
+from processes import CHUNKS, DIM, LOSSES, ROWS, WRONG, gradient_of, images, network
 from torch.nn.parallel import DistributedDataParallel
 
 from care_loss import CAREloss, InfoNCELoss, distributed
@@ -119,6 +119,41 @@ def learned_temperature(rank, world):
 
 def test_the_gradient_of_a_learned_temperature(processes):
     processes.run(learned_temperature)
+
+
+class WithItsLoss(torch.nn.Module):
+    """An encoder and a loss with a temperature that is learned, for DDP to wrap."""
+
+    def __init__(self, gather):
+        super().__init__()
+        self.encoder = network(torch.float64)
+        learned = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+        self.loss = CAREloss(temperature=learned, shared_views=True, gather_distributed=gather)
+
+    def forward(self, x1, x2, chunks):
+        z1, z2 = self.encoder(torch.cat((x1, x2))).chunk(2)
+        return self.loss(z1, z2, chunks=chunks)
+
+
+def training_with_a_learned_temperature(rank, world):
+    parts = images(2, [ROWS] * world, torch.float64)
+    one, several = WithItsLoss(False), DistributedDataParallel(WithItsLoss(True))
+    for _ in range(3):
+        for model, x, chunks in (
+            (one, torch.cat(parts, 1), world * CHUNKS),
+            (several, parts[rank], CHUNKS),
+        ):
+            model.zero_grad()
+            model(*x, chunks).backward()
+            torch.optim.SGD(model.parameters(), lr=0.01).step()
+    for p, q in zip(one.parameters(), several.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(q, p, rtol=1e-10, atol=1e-13)
+    assert abs(one.loss.temperature - 0.2) > 1e-3
+
+
+def test_a_module_with_a_learned_temperature_is_trained_as_in_one_process(two):
+    two.run(training_with_a_learned_temperature)
 
 
 def weighted(rank, world):

@@ -2,10 +2,12 @@
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
@@ -220,8 +222,35 @@ def test_bad_temperature_tensors():
         assert compiled(Z, Z, temperature=t).isnan()  # where it is not read
     sentence = "`temperature` must be on the device of the embeddings"
     assert_refused(lambda: info_nce_loss(Z, Z, temperature=elsewhere), sentence)
-    # A module remembers plain values; a learned temperature is the function's.
-    assert_refused(lambda: InfoNCELoss(torch.tensor(0.5)), "finite number > 0, got torch.float32")
+
+
+@pytest.mark.parametrize("module", [InfoNCELoss, partial(CAREloss, chunks=2, shared_views=True)])
+def test_bad_learned_temperatures_of_modules(module):
+    for tensor in (torch.ones(1), torch.ones(8, 1), torch.tensor(1)):
+        sentence = "number or a floating point tensor of shape ()"
+        assert_refused(lambda t=tensor: module(temperature=t), sentence)
+    for number, said in ((0.0, "0"), (-0.25, "-0.25")):
+        t = nn.Parameter(torch.tensor(number))
+        sentence = f"`temperature` must be > 0, got {said}: where it is learned, learn its"
+        assert_refused(lambda t=t: module(temperature=t), sentence)
+        loss = module(temperature=nn.Parameter(torch.tensor(0.5)))
+        loss.load_state_dict({"temperature": t.detach()})  # as after a step that is too long
+        assert_refused(lambda loss=loss: loss(Z, Z), sentence)
+        assert torch.compile(loss, backend="eager", fullgraph=True)(Z, Z).isnan()
+    learned = nn.Parameter(torch.tensor(0.7))
+    for computed in (learned.exp(), learned.to("meta"), learned.double()):
+        sentence = "another leaf tensor, got the result of a computation, which the module would"
+        assert_refused(lambda t=computed: module(temperature=t), sentence)
+    meta = module(temperature=nn.Parameter(torch.tensor(0.5, device="meta")))
+    assert_refused(lambda: meta(Z, Z), "`temperature` must be on the device of the embeddings")
+
+
+def test_a_temperature_beside_a_base_loss():
+    sentence = "`temperature` must be left out when `base_loss` is given, got one that is not the"
+    half, unread = torch.tensor(0.5), torch.tensor(0.5, device="meta")  # and no default either
+    for temperature in (0.2, half, unread, nn.Parameter(half), nn.Parameter(unread)):
+        settings = {"temperature": temperature, "base_loss": alignment_loss}
+        assert_refused(lambda settings=settings: CAREloss(**settings), sentence)
 
 
 def test_bad_queues():

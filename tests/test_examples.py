@@ -11,20 +11,31 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import ROWS, images, network
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from care_loss import CAREloss, InfoNCELoss
 
 PHOTOS = Path(__file__).parent.parent / "docs" / "examples" / "photos.py"
 FLOAT64 = torch.float64
 angles = st.floats(-10, 10)
 
 
-@pytest.fixture(scope="module")
-def photos():
-    spec = importlib.util.spec_from_file_location("photos", PHOTOS)
+def load(name):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, PHOTOS.with_stem(name))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return load("photos")
 
 
 def run(output, *options):
@@ -68,6 +79,144 @@ def test_moco_trains_and_measures_all_arms(tmp_path):
         f"{arm}, {encoder} encoder" for encoder in ("query", "key") for arm in ("CARE", "placebo")
     ]
     assert len(set(ratios.values())) > 1  # the arms differ
+
+
+# Gradient caching
+
+
+@pytest.fixture(scope="module")
+def cached_backward():
+    return load("gradient_cache").cached_backward
+
+
+def of_micro_batches(encoder, views, loss, rows):
+    """The plain backward through micro-batches, which keeps the graphs of all of them."""
+    parts = [[encoder(part) for part in view.split(rows)] for view in views]
+    value = loss(*map(torch.cat, parts))
+    value.backward()
+    return value.detach()
+
+
+def of_one_batch(encoder, views, loss, rows):
+    value = loss(*map(encoder, views))
+    value.backward()
+    return value.detach()
+
+
+def make_encoder(*layers):
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), *layers, torch.nn.Linear(8, 4)).double()
+
+
+def assert_the_same_step(backward, other, encoder, views, loss, rows=7):
+    """Two ways to a gradient have one loss, one gradient and one state of the generator."""
+    results = []
+    for way, model in ((backward, encoder), (other, deepcopy(encoder))):
+        torch.manual_seed(3)
+        value = way(model, views, loss, rows)
+        gradients = [p.grad for p in model.parameters()]
+        results.append([value, *gradients, torch.rand(4)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+THREE = CAREloss(), 3, lambda z1, z2, e: (z1, z2, z1, e)
+FORWARDS = {
+    "two": (CAREloss(shared_views=True), 2, lambda z1, z2: (z1, z2)),
+    "three": THREE,
+    "four": (CAREloss(), 4, lambda *z: z),
+}
+
+
+def loss_of(forwards):
+    criterion, count, arguments = forwards
+    views = torch.randn(count, 32, 5, dtype=FLOAT64)
+    return views, lambda *z: criterion(*arguments(*z), chunks=4)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 32, 100])
+@pytest.mark.parametrize("forwards", FORWARDS.values(), ids=FORWARDS)
+def test_gradient_caching_has_the_gradient_of_the_whole_batch(cached_backward, forwards, rows):
+    encoder = make_encoder(torch.nn.LayerNorm(8), torch.nn.Tanh())
+    assert_the_same_step(cached_backward, of_one_batch, encoder, *loss_of(forwards), rows)
+
+
+def test_gradient_caching_draws_the_same_dropout_twice(cached_backward):
+    encoder = make_encoder(torch.nn.Dropout(0.5))
+    views, loss = loss_of(THREE)
+
+    def drawing(*z):  # what the loss draws is not drawn again
+        return loss(*z) * (1 + torch.rand(()))
+
+    assert_the_same_step(cached_backward, of_micro_batches, encoder, views, drawing)
+
+
+def test_gradient_caching_with_batch_norm_is_that_of_micro_batches(cached_backward):
+    encoder = make_encoder(torch.nn.BatchNorm1d(8))
+    views, loss = loss_of(THREE)
+    assert_the_same_step(cached_backward, of_micro_batches, encoder, views, loss)
+    assert encoder[1].num_batches_tracked == 2 * 3 * 5  # each micro-batch, twice
+    with pytest.raises(AssertionError):
+        assert_the_same_step(cached_backward, of_one_batch, encoder, views, loss)
+
+
+def test_gradient_caching_differs_from_adding_the_gradients_of_micro_batches(cached_backward):
+    def added(encoder, views, loss, rows):
+        parts = zip(*(view.split(rows) for view in views), strict=True)
+        return sum(of_one_batch(encoder, part, loss, rows) / 4 for part in parts)
+
+    encoder = make_encoder(torch.nn.Tanh())
+    with pytest.raises(AssertionError):
+        assert_the_same_step(cached_backward, added, encoder, *loss_of(THREE), 8)
+
+
+def test_gradient_caching_adds_to_gradients_and_reaches_a_learned_temperature(cached_backward):
+    learned = torch.nn.Parameter(torch.tensor(0.2, dtype=FLOAT64))
+    _, count, arguments = THREE
+    views, loss = loss_of((CAREloss(temperature=learned), count, arguments))
+    encoder = make_encoder(torch.nn.Tanh())
+    gradients = []
+    for backward in (of_one_batch, cached_backward):
+        for _ in range(2):
+            backward(encoder, views, loss, 7)
+        gradients.append([p.grad for p in (learned, *encoder.parameters())])
+        learned.grad = None
+        encoder.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def caching_in_processes(rank, world):
+    parts = images(2, [ROWS] * world, FLOAT64)
+    one, several = (
+        InfoNCELoss(torch.nn.Parameter(torch.tensor(0.2, dtype=FLOAT64)), gather_distributed=gather)
+        for gather in (False, True)
+    )
+    model, averaged = DistributedDataParallel(network(FLOAT64)), []
+
+    def count(state, bucket):
+        averaged.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, count)
+    load("gradient_cache").cached_backward(model, parts[rank], several, 3)
+    assert averaged == [0]  # once, not in every micro-batch
+    dist.all_reduce(several.temperature.grad)  # it is not part of the module that DDP wraps
+    several.temperature.grad /= world
+    whole = network(FLOAT64)
+    of_one_batch(whole, torch.cat(parts, 1), one, 3)
+    expected = [p.grad for p in (*whole.parameters(), one.temperature)]
+    found = [p.grad for p in (*model.parameters(), several.temperature)]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.xdist_group("processes")
+def test_gradient_caching_in_processes_is_that_of_one(two):
+    two.run(caching_in_processes)
+
+
+def test_the_example_of_gradient_caching_trains(capsys):
+    load("gradient_cache").main()
+    losses = [float(line.removeprefix("loss ")) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
 
 
 def curves(tmp_path, processes, *options):

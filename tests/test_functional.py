@@ -263,6 +263,14 @@ def test_equivariance_of_patches_is_gram_anchoring(patches, device):
     )
 
 
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (7, 16), (40, 5)])
+def test_equivariance_of_image_and_text_is_the_in_modal_term_of_cyclip(n, d, device):
+    image, text = torch.randn(2, n, d, dtype=torch.float64, device=device)
+    expected = reference.in_modal_consistency(image.cpu(), text.cpu())
+    assert_close((n - 1) * equivariance_loss(image, text, chunks=1), expected, 1e-12)
+    assert_close(equivariance_loss(image, text, scale="authors") / 2, expected, 1e-12)
+
+
 def test_the_number_of_images_does_not_change_the_number_of_operations(device, as_on_a_gpu):
     def detached(z1, z2):
         return equivariance_loss(z1, z2.detach())

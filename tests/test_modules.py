@@ -2,8 +2,11 @@
 
 import copy
 import inspect
+import io
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +219,109 @@ def test_gathering_without_other_processes_changes_nothing(views):
     assert torch.equal(gathering(z1, z2), InfoNCELoss()(z1, z2))
     care = CAREloss(chunks=4, shared_views=True, gather_distributed=True)
     assert torch.equal(care(z1, z2), CAREloss(chunks=4, shared_views=True)(z1, z2))
+
+
+# A learned temperature
+
+
+def test_a_learned_temperature_is_a_parameter_with_the_gradient_of_the_function(views):
+    for module in (InfoNCELoss, CAREloss):
+        loss = module(temperature=nn.Parameter(torch.tensor(0.2))).to(views.device)
+        (learned,) = loss.parameters()
+        assert learned is loss.temperature
+        assert learned.device.type == views.device.type
+        found = loss(*views, chunks=4) if module is CAREloss else loss(*views[:2])
+        found.backward()
+        t = learned.detach().clone().requires_grad_()
+        base = info_nce_loss(views[0], views[1], temperature=t)
+        base.backward()
+        expected = base + 10 * equivariance_loss(views[2], views[3], chunks=4)
+        assert torch.equal(found, expected if module is CAREloss else base)
+        assert torch.equal(learned.grad, t.grad)
+        assert t.grad != 0
+
+
+def test_a_step_of_an_optimizer_changes_the_loss(views):
+    loss = InfoNCELoss(nn.Parameter(torch.tensor(0.2, device=views.device)))
+    first = loss(*views[:2])
+    first.backward()
+    torch.optim.SGD(loss.parameters(), lr=1e-3).step()
+    assert loss(*views[:2]) < first
+
+
+def test_a_learned_temperature_is_saved_loaded_copied_and_pickled(views):
+    for module in (InfoNCELoss, CAREloss):
+        loss = module(temperature=nn.Parameter(torch.tensor(0.2)))
+        file = io.BytesIO()
+        torch.save(loss.state_dict(), file)
+        file.seek(0)
+        loaded = module(temperature=nn.Parameter(torch.tensor(0.7)))
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        for twin in (loaded, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            assert isinstance(twin.temperature, nn.Parameter)
+            assert twin.temperature is not loss.temperature
+            assert repr(twin) == repr(loss)
+
+
+def test_a_tensor_that_is_no_parameter_is_used_as_it_is(views):
+    given = torch.tensor(0.2, requires_grad=True)
+    loss = InfoNCELoss(given).to(views.device, torch.float64)
+    assert loss.temperature is given
+    assert not loss.state_dict()
+    loss(*views[:2]).backward()
+    assert given.grad != 0
+    with torch.no_grad():
+        given.fill_(0.7)
+    assert torch.equal(loss(*views[:2]), info_nce_loss(*views[:2], temperature=given))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_learned_temperature_of_a_half_type(half, views):
+    loss = InfoNCELoss(nn.Parameter(torch.tensor(0.07))).to(views.device, half)
+    assert loss.temperature.dtype == half
+    for z in (views.to(half), views.float()):
+        value = loss(*z[:2])
+        expected = info_nce_loss(*z[:2].float(), temperature=loss.temperature.item())
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected)
+        with torch.autocast(views.device.type, torch.bfloat16):
+            assert torch.equal(loss(*z[:2]), value)
+    value.backward()
+    t = loss.temperature.detach().float().requires_grad_()
+    info_nce_loss(*views.float()[:2], temperature=t).backward()
+    torch.testing.assert_close(loss.temperature.grad, t.grad.to(half), rtol=0.01, atol=0)
+
+
+def test_the_repr_of_a_temperature_that_is_a_tensor_is_short():
+    for temperature, text in (
+        (nn.Parameter(torch.tensor(0.07)), "temperature=Parameter(0.07)"),
+        (torch.tensor(0.07), "temperature=tensor(0.07)"),
+        (nn.Parameter(torch.tensor(0.07, device="meta")), "temperature=Parameter(...)"),
+    ):
+        for module in (InfoNCELoss, CAREloss):
+            assert text in repr(module(temperature=temperature))
+
+
+def test_a_number_may_become_a_parameter_later(views):
+    loss = InfoNCELoss(0.2)
+    loss.temperature = nn.Parameter(torch.tensor(0.3, device=views.device))
+    assert list(loss.state_dict()) == ["temperature"]
+    assert torch.equal(loss(*views[:2]), info_nce_loss(*views[:2], temperature=loss.temperature))
+
+
+def test_the_bound_of_the_guide_keeps_a_gradient():
+    guide = Path(__file__).parent.parent / "docs" / "guide.md"
+    found = re.findall(r"^```python\n(.*?)^```", guide.read_text(encoding="utf-8"), re.M | re.S)
+    (block,) = (text for text in found if "class LearnedTemperature" in text)
+    names = {"torch": torch, "CAREloss": CAREloss, "info_nce_loss": info_nce_loss}
+    exec(block, names)
+    criterion = names["criterion"]
+    z1, z2 = torch.randn(2, 8, 4)  # at a temperature that is much too low for them
+    (log_scale,) = criterion.parameters()
+    with torch.no_grad():
+        log_scale.fill_(6)
+    parts = criterion.forward_components(z1, z2, z1, z2, chunks=2)
+    torch.testing.assert_close(parts.base, info_nce_loss(z1, z2, temperature=0.01))
+    parts.loss.backward()
+    torch.optim.SGD([log_scale], lr=1e-3).step()
+    assert log_scale < 4.6  # log 100 is 4.605

@@ -48,6 +48,22 @@ def test_compiles_as_one_graph_forward_and_backward(loss, backend, device, dtype
     torch.testing.assert_close(value_and_grad(compiled, z1, z2), value_and_grad(loss, z1, z2))
 
 
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.Tensor.requires_grad_])
+def test_a_learned_temperature_compiles_as_one_graph(kind, device, dtype):
+    z1, z2 = torch.randn(2, 11, 5, device=device).to(dtype)
+    loss = CAREloss(temperature=kind(torch.tensor(0.2, device=device)), chunks=4, shared_views=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for number in (0.2, 0.3):
+        with torch.no_grad():
+            loss.temperature.fill_(number)
+        values = [f(z1, z2) for f in (compiled, loss)]
+        found, expected = (torch.autograd.grad(value, loss.temperature) for value in values)
+        torch.testing.assert_close(values[0], values[1])
+        torch.testing.assert_close(found, expected)
+    assert counter.frame_count == 1  # a step of the optimizer compiles nothing again
+
+
 free_sizes = pytest.mark.skipif(not TRACERS_KNOW, reason="torch records for some sizes only")
 exported = pytest.mark.skipif(
     torch.__version__ < (2, 9), reason="older tracers add guards on sizes"
