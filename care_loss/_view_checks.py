@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from care_loss._checks import show
+from care_loss._checks import is_int, show
 
 
 def check_images(value: Any) -> None:
@@ -48,19 +48,62 @@ def as_transforms(name: str, value: Any) -> tuple[Any, Any]:
     return pair
 
 
-def as_view(value: Any, image: Any) -> Tensor:
+def as_forwards(value: Any, transform: Any, ordinary: Any) -> int:
+    """Require a number of forwards that fits the transforms, and return it or the default."""
+    if value is None:
+        return 2 if ordinary is None else 4
+    if not is_int(value) or value not in (2, 3, 4):
+        raise ValueError(
+            f"`forwards` must be 2, 3 or 4, got {show(value)}: choose 2 for two shared views, 4 "
+            "for two ordinary and two shared ones, or 3 for two ordinary views and the first of "
+            "them under a shared transform."
+        )
+    if value == 2 and ordinary is not None:
+        raise ValueError(
+            f"`ordinary` must be left out when forwards=2, got {show(ordinary)}: both views are "
+            "shared. Set forwards=3 or forwards=4 to make ordinary views too."
+        )
+    if value > 2 and ordinary is None:
+        raise ValueError(
+            f"`ordinary` must be given when forwards={value}, got None: pass the transform of the "
+            "ordinary views, or set forwards=2 for two shared views only."
+        )
+    if value == 3 and isinstance(transform, (tuple, list)):
+        raise ValueError(
+            f"`transform` must be a single callable when forwards=3, got {show(transform)} of "
+            f"length {len(transform)}: only one view is shared. Pass one transform, or set "
+            "forwards=4."
+        )
+    return int(value)
+
+
+def as_view(value: Any, image: Any, name: str = "transform") -> Tensor:
     """Require that a transform of one image returned a tensor, and return it."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"`transform` must map an image to a tensor, got {show(value)}: end it with a "
+            f"`{name}` must map an image to a tensor, got {show(value)}: end it with a "
             "conversion such as ToTensor(), and if it returns several views, choose one of them."
         )
     if isinstance(image, Tensor) and image.ndim == 3 and value.ndim == 4 and len(value) == 1:
         raise ValueError(
-            f"`transform` must map an image {tuple(image.shape)} to a view of as many dimensions, "
+            f"`{name}` must map an image {tuple(image.shape)} to a view of as many dimensions, "
             f"got {tuple(value.shape)}: it returned a batch of one. With kornia, set keepdim=True."
         )
     return value
+
+
+# What PIL, torchvision and albumentations raise if they are given a tensor and expect an image.
+ERRORS_AT_TENSORS = (AttributeError, OSError, TypeError)
+
+
+def not_a_transform_of_views(error: Exception, view: Tensor) -> TypeError:
+    """Return the error of a transform of images that was given an ordinary view."""
+    return TypeError(
+        "`transform` must take the tensor that `ordinary` returned when forwards=3, got "
+        f"{type(error).__name__} from a call with {show(view)}: leave out its ToTensor(). A "
+        "transform of PIL images can begin with ToPILImage(), and one of NumPy images with "
+        "view.permute(1, 2, 0).numpy()."
+    )
 
 
 def as_views(value: Any, n: int) -> Tensor:

@@ -144,8 +144,10 @@ class CAREloss(nn.Module):
 
     * four forwards, as published: ``loss(z1, z2, e1, e2)``;
     * two forwards, with `shared_views=True`: ``loss(z1, z2)``, where both are chunk-shared;
-    * three forwards: ``loss(z1, z2, z1, e)``, where `e` embeds the images of `z1` under a shared
-      augmentation (:func:`care_loss.views.augment_chunks`) that is not part of the ordinary views.
+    * three forwards: ``loss(z1, z2, equivariant1=z1, equivariant2=e)``, or ``loss(z1, z2, z1, e)``.
+      InfoNCE compares the first ordinary view `z1` with the second, and the equivariance loss
+      compares it with `e`, which embeds the same view under a shared augmentation
+      (:func:`care_loss.views.augment_chunks`) that is not part of the ordinary views.
 
     Augmentations in the ordinary views are ignored by the embedding. Augmentations that are only in
     the shared views rotate it. An augmentation that is in both is ignored.
@@ -182,8 +184,9 @@ class CAREloss(nn.Module):
         >>> turned, chunks = augment_chunks(x1, turn, chunks=4)
         >>> z1, z2, e = encoder(x1), encoder(x2), encoder(turned)
         >>> loss = CAREloss(equivariance_weight=10)
-        >>> parts = loss.forward_components(z1, z2, z1, e, chunks=chunks)
-        >>> torch.equal(parts.loss, parts.base + 10 * parts.equivariance)
+        >>> value = loss(z1, z2, equivariant1=z1, equivariant2=e, chunks=chunks)
+        >>> parts = loss.forward_components(z1, z2, z1, e, chunks=chunks)  # the same call
+        >>> torch.equal(value, parts.base + 10 * parts.equivariance)
         True
 
     References:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -49,7 +49,7 @@ def augment_chunks(
     """Make one view of a batch; all images of a chunk share one augmentation.
 
     It serves the form of the loss with three forwards, in which the equivariance loss compares the
-    first ordinary view with the same images under a shared augmentation. If the images come in one
+    first ordinary view with the same view under a shared augmentation. If the images come in one
     state (all upright, say), turn each by itself first, the same in all views: training has to show
     all states between which `turn` turns::
 
@@ -57,7 +57,7 @@ def augment_chunks(
         x1, x2 = ordinary(images), ordinary(images)
         turned, chunks = augment_chunks(x1, turn, chunks=8)
         z1, z2, e = encoder(x1), encoder(x2), encoder(turned)
-        loss = criterion(z1, z2, z1, e, chunks=chunks)
+        loss = criterion(z1, z2, equivariant1=z1, equivariant2=e, chunks=chunks)
 
     What `turn` does must not be part of `ordinary`: an augmentation that is in both is ignored by
     the embedding. In training mode, batch normalisation normalises each of the three batches by its
@@ -172,14 +172,24 @@ class SharedAugmentCollate:
     If workers are spawned (on macOS and Windows), the transforms must be picklable: functions of a
     module or objects, no lambdas.
 
+    With `forwards=3`, `transform` is applied to the first ordinary view: it gets the tensor that
+    `ordinary` returned, and the images of the dataset may have different sizes if those tensors
+    have one. Most transforms of torchvision take tensors as they are, without `ToTensor`. Begin a
+    transform of PIL images with `ToPILImage`, and convert the tensor for one of NumPy images with
+    `view.permute(1, 2, 0).numpy()`.
+
     Args:
         transform: Maps one image, as the dataset yields it, to a tensor, and is shared by each
-            chunk. Or a pair of such transforms, one for each view.
+            chunk. Or a pair of such transforms, one for each view. With `forwards=3`, one
+            transform that maps an ordinary view to a tensor.
         chunks: The number of contiguous chunks to cut a batch into; a batch too small for them gets
             `N // 2`.
         ordinary: Maps one image to a tensor, for the ordinary views: it draws anew for every image
             and view. Or a pair, one for each view (BYOL, Barlow Twins). Without it only the shared
             views are made, for `CAREloss(shared_views=True)`.
+        forwards: How many views are made, each for one forward of the encoder: 2 shared ones
+            (default without `ordinary`); 4, the ordinary and the shared ones (default with
+            `ordinary`); or 3, the ordinary ones, and the first of them under `transform`.
 
     Raises:
         TypeError, ValueError: if an argument is not as described, here or in a call.
@@ -193,6 +203,16 @@ class SharedAugmentCollate:
         (True, False, False)
         >>> chunks, labels
         (2, tensor([0, 1, 2, 3]))
+
+        With three forwards, for `loss(z1, z2, equivariant1=z1, equivariant2=e, chunks=chunks)`:
+
+        >>> def noise(image):
+        ...     return image + torch.randn(3)
+        >>> collate = SharedAugmentCollate(brightness, chunks=2, ordinary=noise, forwards=3)
+        >>> (x1, x2, turned, chunks), labels = collate([(torch.ones(3), k) for k in range(4)])
+        >>> factors = turned / x1  # one for each chunk
+        >>> torch.allclose(factors[0], factors[1]), torch.allclose(factors[1], factors[2])
+        (True, False)
     """
 
     def __init__(
@@ -201,9 +221,12 @@ class SharedAugmentCollate:
         *,
         chunks: int,
         ordinary: Transform | tuple[Transform, Transform] | None = None,
+        forwards: Literal[2, 3, 4] | None = None,
     ) -> None:
         self.chunks = _checks.as_chunk_count(chunks)
-        self.transforms = _view_checks.as_transforms("transform", transform)
+        self.forwards = _view_checks.as_forwards(forwards, transform, ordinary)
+        transforms = _view_checks.as_transforms("transform", transform)
+        self.transforms = transforms[:1] if self.forwards == 3 else transforms
         self.ordinary = (
             None if ordinary is None else _view_checks.as_transforms("ordinary", ordinary)
         )
@@ -215,20 +238,25 @@ class SharedAugmentCollate:
         labels, names)`.
 
         The views are in the order of the loss's arguments: the two ordinary ones if `ordinary` was
-        given, the two shared ones, and the number of chunks.
+        given, the two shared ones (one with `forwards=3`), and the number of chunks.
         """
         _view_checks.check_samples(batch)
         images, *others = zip(*batch, strict=True)
         views = []
-        if self.ordinary is not None:
-            for transform in self.ordinary:
-                outputs = [_view_checks.as_view(transform(_copy(image)), image) for image in images]
-                views.append(_stack(outputs))
+        for transform in self.ordinary or ():
+            outputs = [
+                _view_checks.as_view(transform(_copy(image)), image, "ordinary") for image in images
+            ]
+            views.append(_stack(outputs))
+        sources = views[0] if self.forwards == 3 else images
         members = _chunks.members(self.chunks, len(images))
-        for transform, seeds in zip(self.transforms, _seeds(2, len(members)), strict=True):
+        seeds = _seeds(len(self.transforms), len(members))
+        for transform, seeds_of_view in zip(self.transforms, seeds, strict=True):
+            if self.forwards == 3 and not isinstance(images[0], Tensor):
+                transform = partial(_transform_view, transform)
             outputs = []
-            for rows, seed in zip(members, seeds, strict=True):
-                outputs += _replay(transform, [images[row] for row in rows.tolist()], seed)
+            for rows, seed in zip(members, seeds_of_view, strict=True):
+                outputs += _replay(transform, [sources[row] for row in rows.tolist()], seed)
             views.append(_stack(outputs))
         return (*views, len(members)), *(default_collate(list(values)) for values in others)
 
@@ -324,6 +352,14 @@ def _stack(views: list[Tensor]) -> Tensor:
     _view_checks.check_separate_memory(views)
     _view_checks.check_one_size(views)
     return torch.stack(views)
+
+
+def _transform_view(transform: Transform, view: Tensor) -> Any:
+    """Transform an ordinary view of an image that was no tensor, as a transform may expect it."""
+    try:
+        return transform(view)
+    except _view_checks.ERRORS_AT_TENSORS as error:
+        raise _view_checks.not_a_transform_of_views(error, view) from error
 
 
 def _replay(transform: Transform, images: Sequence[Any], seed: int) -> list[Tensor]:

@@ -34,6 +34,7 @@ def photo(width, height, seed=0):
     return image.fromarray(pixels)
 
 
+ImageOps = pytest.importorskip("PIL.ImageOps")
 # Sizes that photographs of ImageNet have.
 SIZES = [(500, 375), (375, 500), (500, 333), (640, 480), (500, 375), (250, 187), (768, 1024)]
 PHOTOS = [photo(*size, seed=k) for k, size in enumerate(SIZES)]
@@ -150,6 +151,103 @@ def test_transforms_that_are_none_of_that_kind():
         assert_refused(lambda t=transform: SharedAugmentCollate(t, chunks=2), sentence)
         call = lambda t=transform: SharedAugmentCollate(abs, chunks=2, ordinary=t)  # noqa: E731
         assert_refused(call, sentence)
+
+
+def test_forwards_that_contradict_the_transforms():
+    def collate(transform=abs, **settings):
+        return lambda: SharedAugmentCollate(transform, chunks=2, **settings)
+
+    for forwards in (1, 5, 0, "3", 3.0, True, [3], torch.tensor(3)):
+        for ordinary in (None, abs):
+            sentence = "`forwards` must be 2, 3 or 4, got "
+            assert_refused(collate(ordinary=ordinary, forwards=forwards), sentence)
+    for forwards in (3, 4):
+        sentence = f"`ordinary` must be given when forwards={forwards}, got None: pass the"
+        assert_refused(collate(forwards=forwards), sentence)
+    sentence = "`ordinary` must be left out when forwards=2, got builtin_function_or_method: both"
+    assert_refused(collate(ordinary=abs, forwards=2), sentence)
+    for pair in ((abs, abs), [abs, abs]):
+        sentence = (
+            f"`transform` must be a single callable when forwards=3, got {type(pair).__name__} of "
+            "length 2: only one view is shared"
+        )
+        assert_refused(collate(pair, ordinary=abs, forwards=3), sentence)
+
+
+def to_tensor(picture):
+    return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize(
+    ("transform", "error"),
+    [
+        (lambda picture: to_tensor(picture.convert("L").convert("RGB")), "AttributeError"),
+        (lambda picture: to_tensor(ImageOps.invert(picture)), "OSError"),
+        (lambda array: torch.from_numpy(array) * 2, "TypeError"),
+    ],
+    ids=["a method of PIL images", "a function of PIL images", "a function of NumPy arrays"],
+)
+def test_a_transform_of_images_given_an_ordinary_view(transform, error):
+    batch = [(photo(8, 8), k) for k in range(4)]
+    collate = SharedAugmentCollate(transform, chunks=2, ordinary=to_tensor, forwards=3)
+    sentence = (
+        "`transform` must take the tensor that `ordinary` returned when forwards=3, got "
+        f"{error} from a call with torch.float32 of shape (3, 8, 8) on cpu: leave out its ToTensor"
+    )
+    assert_refused(lambda: collate(batch), sentence)
+    with pytest.raises(TypeError) as raised:
+        collate(batch)
+    assert type(raised.value.__cause__).__name__ == error  # nothing is hidden
+    # If the dataset yields tensors, the error is that of the transform itself.
+    with pytest.raises((AttributeError, OSError, TypeError)) as raised:
+        SharedAugmentCollate(transform, chunks=2, ordinary=torch.clone, forwards=3)(
+            [(to_tensor(image), k) for image, k in batch]
+        )
+    assert "forwards" not in str(raised.value)
+
+
+def test_torchvisions_transforms_of_pil_images_in_three_forwards(torchvision):
+    t = torchvision.transforms
+    batch = [(image, k) for k, image in enumerate(PHOTOS)]  # of different sizes
+    ordinary = t.Compose([t.RandomResizedCrop(16), t.RandomHorizontalFlip(), t.ToTensor()])
+    jitter = t.ColorJitter(0.4, 0.4, 0.4, 0.5)
+    through_pil = t.Compose([t.ToPILImage(), jitter, t.ToTensor()])
+    for transform in (jitter, through_pil):
+        collate = SharedAugmentCollate(transform, chunks=2, ordinary=ordinary, forwards=3)
+        (x1, x2, turned, chunks), _ = collate(batch)
+        assert x1.shape == x2.shape == turned.shape == (7, 3, 16, 16)
+        assert chunks == 2
+    with_to_tensor = t.Compose([jitter, t.ToTensor()])
+    collate = SharedAugmentCollate(with_to_tensor, chunks=2, ordinary=ordinary, forwards=3)
+    sentence = (
+        "`transform` must take the tensor that `ordinary` returned when forwards=3, got TypeE"
+    )
+    assert_refused(lambda: collate(batch), sentence)
+    same = t.Compose([t.ToPILImage(), t.ToTensor()])  # loses nothing of 8 bits
+    collate = SharedAugmentCollate(same, chunks=2, ordinary=ordinary, forwards=3)
+    (x1, _, turned, _), _ = collate(batch)
+    assert torch.equal(turned, x1)
+
+
+def test_ordinary_views_that_are_no_tensors():
+    def rotate(picture):
+        return picture.rotate(90)
+
+    batch = [(photo(8, 8), k) for k in range(4)]
+    for forwards in (3, 4):
+        collate = SharedAugmentCollate(to_tensor, chunks=2, ordinary=rotate, forwards=forwards)
+        sentence = "`ordinary` must map an image to a tensor, got PIL.Image.Image: end it with a"
+        assert_refused(lambda c=collate: c(batch), sentence)
+
+
+def test_draws_of_a_shared_view_that_depend_on_the_image():
+    def transform(view):  # draws more often for some views
+        return view * (0.5 + torch.rand(2 if view.mean() > 0.5 else 1)[-1])
+
+    batch = [(torch.full((3, 4, 4), k / 3), k) for k in range(4)]
+    collate = SharedAugmentCollate(transform, chunks=1, ordinary=torch.clone, forwards=3)
+    sentence = "`transform` must draw the same random numbers for all images of a chunk, got"
+    assert_refused(lambda: collate(batch), sentence)
 
 
 def test_a_transform_that_rarely_does_anything():

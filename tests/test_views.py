@@ -225,29 +225,167 @@ def test_collate_is_repeatable_and_never_repeats_itself():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("forwards", [3, 4])
 @pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
-def test_collate_works_in_worker_processes(context):
+def test_collate_works_in_worker_processes(context, forwards):
     loader = DataLoader(
         samples(16),
         batch_size=8,
-        collate_fn=SharedAugmentCollate(brightness, chunks=2, ordinary=brightness),
+        collate_fn=SharedAugmentCollate(
+            brightness, chunks=2, ordinary=brightness, forwards=forwards
+        ),
         num_workers=2,
         multiprocessing_context=context,
     )
     factors = []
     for _ in range(2):  # two epochs
-        for (_, _, view1, view2, ids), labels in loader:
-            originals = torch.stack([image for image, _ in samples(16)])[labels]
-            for view in (view1, view2):
+        for (x1, _, *shared, ids), labels in loader:
+            originals = x1 if forwards == 3 else torch.stack([x for x, _ in samples(16)])[labels]
+            for view in shared:
                 assert_constant_on_chunks(draws(view, originals), ids)
                 factors += [draws(view, originals)[0], draws(view, originals)[-1]]
     # Every worker, view, chunk and epoch has drawn its own.
-    assert len(torch.stack(factors).unique()) == len(factors) == 16
+    assert len(torch.stack(factors).unique()) == len(factors) == 8 * (forwards - 2)
 
 
 def test_a_ragged_last_batch_is_cut_like_any_other():
     (_, _, ids), _ = SharedAugmentCollate(brightness, chunks=8)(samples(13))
     assert ids == 6
+
+
+# Collating for three forwards
+
+
+def ordinary_noise(image):
+    """A number of its own for every image and view."""
+    return image + torch.rand(())
+
+
+def three(transform=brightness, chunks=4, ordinary=ordinary_noise):
+    return SharedAugmentCollate(transform, chunks=chunks, ordinary=ordinary, forwards=3)
+
+
+def test_the_third_view_is_the_first_under_one_draw_for_each_chunk():
+    (x1, x2, turned, chunks), labels = three()(samples())
+    originals = torch.stack([image for image, _ in samples()])
+    assert chunks == 4
+    assert labels.tolist() == list(range(11))
+    added = torch.cat([x1 - originals, x2 - originals]).flatten(1).mean(1)
+    assert len(added.unique()) == 22  # a draw for each image and ordinary view
+    assert_constant_on_chunks(draws(turned, x1), chunks)
+    torch.testing.assert_close(turned / x1, draws(turned, x1).view(-1, 1, 1, 1).expand_as(x1))
+
+
+def test_a_pair_for_the_ordinary_views_turns_the_first():
+    pair = (lambda image: image + 10), (lambda image: image + 20)
+    (x1, x2, turned, _), _ = three(lambda view: view.flip(-1), ordinary=pair)(samples())
+    assert torch.equal(x2, x1 + 10)
+    assert torch.equal(turned, x1.flip(-1))
+
+
+def test_forwards_has_the_default_that_the_transforms_ask_for():
+    for settings, forwards in (({}, 2), ({"ordinary": ordinary_noise}, 4)):
+        made = []
+        for more in ({}, {"forwards": forwards}, {"forwards": np.int64(forwards)}):
+            torch.manual_seed(0)
+            views, _ = SharedAugmentCollate(brightness, chunks=4, **settings, **more)(samples())
+            assert len(views) == forwards + 1
+            made.append(torch.stack(views[:-1]))
+        assert torch.equal(made[0], made[1])
+        assert torch.equal(made[0], made[2])
+
+
+def test_three_forwards_are_repeatable_and_leave_the_generators():
+    collate = three(three_generators)
+    before = np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        views, _ = collate(samples())
+        made.append(torch.stack(views[:3]))
+    left = torch.get_rng_state()
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    assert before == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+    torch.manual_seed(1)
+    _ = [torch.rand(()) for _ in range(22)]  # the ordinary views
+    torch.randint(2**32, (1, 4))  # a seed for each chunk of one view
+    assert torch.equal(left, torch.get_rng_state())
+
+
+def test_three_forwards_cut_a_ragged_last_batch_and_collate_other_fields():
+    batch = [(image, label, f"image {label}") for image, label in samples(13)]
+    (x1, _, turned, chunks), labels, names = three(chunks=8)(batch)
+    assert chunks == 6
+    assert_constant_on_chunks(draws(turned, x1), chunks)
+    assert (labels[12], names[12]) == (12, "image 12")
+
+
+def test_a_transform_in_place_leaves_the_ordinary_view_as_it_was():
+    def in_place(view):
+        return view.mul_(2 + torch.rand(()))
+
+    batch = [(torch.ones(3), k) for k in range(4)]
+    for ordinary in (lambda image: image, ordinary_noise):
+        (x1, _, turned, _), _ = three(in_place, chunks=2, ordinary=ordinary)(batch)
+        assert all((image == 1).all() for image, _ in batch)
+        assert ((x1 >= 1) & (x1 <= 2)).all()
+        assert_constant_on_chunks(draws(turned, x1), 2)
+
+
+def test_an_ordinary_transform_may_reuse_its_memory_for_the_second_view():
+    memory = torch.empty(4, 3)
+    calls = iter(range(8))
+
+    def ordinary(image):
+        call = next(calls)
+        return memory[call % 4].copy_(image + call)
+
+    batch = [(torch.zeros(3), k) for k in range(4)]
+    (x1, x2, turned, _), _ = three(lambda view: view * 2, ordinary=ordinary)(batch)
+    assert x1[:, 0].tolist() == [0, 1, 2, 3]
+    assert x2[:, 0].tolist() == [4, 5, 6, 7]
+    assert torch.equal(turned, 2 * x1)
+
+
+def test_images_of_different_sizes_are_brought_to_one_by_the_ordinary_views():
+    collate = three(ordinary=lambda image: image[:, :4, :4] + 1)
+    (x1, _, turned, chunks), _ = collate([(torch.rand(3, 4 + k, 9 - k), k) for k in range(6)])
+    assert_constant_on_chunks(draws(turned, x1), chunks)
+
+
+def test_numpy_images_go_through_the_ordinary_views_to_tensors():
+    def ordinary(image):  # ends in a tensor with the channels first
+        return torch.from_numpy(image + np.random.rand()).permute(2, 0, 1)  # noqa: NPY002
+
+    def transform(view):  # of NumPy images, as those of albumentations
+        image = view.permute(1, 2, 0).numpy()
+        return torch.from_numpy(image * (0.5 + random.random())).permute(2, 0, 1)
+
+    batch = [(1 + np.random.rand(4, 5, 3), k) for k in range(11)]  # noqa: NPY002
+    (x1, x2, turned, chunks), _ = three(transform, ordinary=ordinary)(batch)
+    assert x1.shape == x2.shape == turned.shape == (11, 3, 4, 5)
+    assert_constant_on_chunks(draws(turned, x1), chunks)
+
+
+def test_pil_images_go_through_the_ordinary_views_to_tensors():
+    image = pytest.importorskip("PIL.Image")
+
+    def to_tensor(picture):
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def ordinary(picture):
+        return to_tensor(picture.rotate(90 * random.randrange(4)))
+
+    def transform(view):  # of PIL images: adds a number to all values
+        picture, number = image.fromarray(view.permute(1, 2, 0).numpy()), random.randrange(100)
+        return to_tensor(picture.point(lambda value: value + number))
+
+    pixels = np.random.default_rng(0).integers(0, 99, (11, 6, 6, 3), dtype=np.uint8)
+    batch = [(image.fromarray(array), k) for k, array in enumerate(pixels)]
+    (x1, _, turned, chunks), _ = three(transform, chunks=2, ordinary=ordinary)(batch)
+    assert_constant_on_chunks((turned - x1).flatten(1), chunks)
+    assert ((turned - x1).flatten(1) == (turned - x1)[:, :1, 0, 0]).all()
 
 
 # Checking a transform
