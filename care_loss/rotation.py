@@ -453,7 +453,7 @@ def _centred(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     the factor by which the rounding of `x` is larger than that of the result.
     """
     rows, weight = torch.broadcast_tensors(x.detach(), w.detach().unsqueeze(-1))
-    origin = torch.take_along_dim(rows, weight[..., :1].argmax(-2, keepdim=True), -2)
+    origin = rows.gather(-2, weight.argmax(-2, keepdim=True))
     without = (w == 0).unsqueeze(-1)
     x = (x - origin).masked_fill(without, 0)
     size = x.detach().abs().amax((-2, -1), keepdim=True)

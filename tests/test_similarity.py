@@ -314,20 +314,30 @@ def test_a_mean_far_from_the_origin_costs_no_digits_of_the_differences(n, d, spe
     single = fit_similarity(far, y.float(), special=special)
     torch.testing.assert_close(single.rotation.double(), near_fit.rotation, rtol=0, atol=5e-6)
     torch.testing.assert_close(single.scale.double(), near_fit.scale, rtol=0, atol=5e-6)
-    # The translation makes up for the rounding of what the mean is multiplied by.
     wide = SimilarityFit(*(z.double() for z in single))
     error = (mapped(wide, far.double()) - y).norm(dim=-1).max()
     assert error <= torch.finfo(torch.float32).eps * single.translation.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_translation_makes_up_for_the_rounding_of_rotation_and_scale(dtype, device):
+    # What the mean is multiplied by is rounded. In a float64 product, that is no error.
+    x = (torch.randn(200, 16, device=device) + (1e4 if dtype == torch.float32 else 100)).to(dtype)
+    y = (x.double() @ orthogonal(16, 0).to(device)).to(dtype)
+    fit = fit_similarity(x, y)
+    wide = SimilarityFit(*(z.double() for z in fit))
+    error = (objective(wide, x.double(), y.double()) / len(x)).sqrt()
+    assert error <= 1.2 * fit.residual
+
+
 def test_the_gap_counts_the_rounding_of_rows_far_from_the_origin(device):
-    # Points of a plane in space. In float32, rounding takes them out of it by 1e-3.
-    plane = normal(20, 2) @ orthogonal(3, 0)[:2]
-    x = (plane + 1e4).float().to(device)
-    assert fit_similarity(x, x).gap == 0
-    assert fit_similarity(x, x, special=True).gap > 0.1
-    cloud = (normal(20, 3) + 1e4).float().to(device)
-    assert fit_similarity(cloud, cloud).gap > 0.1
+    # Points of a plane in space. In float32, rounding takes them out of it by 5e-4.
+    cloud = normal(20, 3).float().to(device)
+    far = ((normal(20, 2) @ orthogonal(3, 0)[:2]) + 1e4).float().to(device)
+    for pair in ((cloud, far), (far, cloud), (far, far)):
+        assert fit_similarity(*pair).gap == 0
+        assert fit_similarity(*pair, special=True).gap > 0.05
+    assert fit_similarity(cloud, cloud + 1e4).gap > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
