@@ -62,6 +62,26 @@ class RotationFit(NamedTuple):
     gap: Tensor
 
 
+class SimilarityFit(NamedTuple):
+    """A similarity of rows, `target ≈ scale * source @ rotation + translation`, and how it fits.
+
+    Save it as a dictionary, as :class:`RotationFit`.
+
+    Attributes:
+        rotation: The orthogonal map, `(*, D, D)`.
+        scale: The factor, at least 0, `(*)`.
+        translation: The vector that is added to each row, `(*, D)`.
+        residual: The root mean squared row error, `(*)`.
+        gap: In [0, 2], `(*)`; the rotation is unique where it is > 0.
+    """
+
+    rotation: Tensor
+    scale: Tensor
+    translation: Tensor
+    residual: Tensor
+    gap: Tensor
+
+
 def fit_rotation(
     source: Tensor, target: Tensor, *, weights: Tensor | None = None, special: bool = False
 ) -> RotationFit:
@@ -120,40 +140,121 @@ def fit_rotation(
         1966. Kabsch, A solution for the best rotation to relate two sets of vectors, 1976.
     """
     _check_rows_to_fit(source, target, weights)
-    source, target = savable(source, target)
-    x, y = exact(source), exact(target)
-    if weights is None:
-        w = x.new_ones(x.shape[-2])
-    else:
-        w = exact(*savable(weights))
-        x, y = (z.masked_fill((w == 0).unsqueeze(-1), 0) for z in (x, y))
-        w = torch.where(w < 0, torch.nan, w)
-    equal = (x - y).detach().abs().amax((-2, -1), keepdim=True) == 0
-    a, b, unit = _balanced(x, y, w)
-    n, d = source.shape[-2:]
-    dtype, gap_dtype = source.dtype, computed_in(source)
-    eps = torch.finfo(gap_dtype).eps
-    x = x.detach() / unit
-    if n <= d - 2:
-        left, right = _fit_few_rows(a, b, special, equal)
-        # Strips of the product stay in the cache until they are cast.
-        rotation = torch.cat([(strip.mT @ right).to(dtype) for strip in left.split(512, -1)], -2)
-        rotation.diagonal(dim1=-2, dim2=-1).add_(1)
-        if dtype == x.dtype and 8 * n >= d:  # elsewhere the cast to `dtype` is the larger error
-            rotation = _with_value(rotation, polished(rotation.detach()))
-        mapped = x + x @ left.detach().mT @ right.detach()
-        gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
-    else:
-        m = a.mT @ b
-        floor = rounding_noise(m, max(n, d))
-        rotation, _, values = polar(m, special=special, full=True, tie=8 * eps, floor=floor, rows=n)
-        identity = torch.eye(d, dtype=x.dtype, device=x.device)
-        rotation = _with_value(rotation, torch.where(equal, identity, rotation.detach()))
-        mapped = x @ rotation.detach()
-        rotation = rotation.to(dtype)
-        gap = _gap(values, special, eps, max(n, d))
-    residual = _residual(mapped, y.detach() / unit, w.detach()) * unit[..., 0, 0]
-    return RotationFit(rotation, residual.to(gap_dtype), gap.to(gap_dtype))
+    x, y, w = _exact_rows(source, target, weights)
+    few = x.shape[-2] <= x.shape[-1] - 2
+    return _fit(x, y, w, special, source.dtype, computed_in(source), few)
+
+
+def fit_similarity(
+    source: Tensor,
+    target: Tensor,
+    *,
+    weights: Tensor | None = None,
+    special: bool = False,
+    scaled: bool = True,
+) -> SimilarityFit:
+    r"""Fit the rotation, scale and translation that take the rows of `source` nearest to `target`.
+
+    .. math:: \min_{s \ge 0, R, t} \sum_i w_i \lVert s\, x_i R + t - y_i \rVert^2, \qquad
+        R^\top R = I
+
+    With the weighted means :math:`\bar x, \bar y` and the centred rows
+    :math:`\tilde x_i, \tilde y_i`, the rotation is that of :func:`fit_rotation` for the centred
+    rows, and
+
+    .. math:: s = \frac{\sum_i w_i \langle \tilde x_i R, \tilde y_i \rangle}
+        {\sum_i w_i \lVert \tilde x_i \rVert^2}, \qquad t = \bar y - s\, \bar x R.
+
+    The scale and the translation of the mean are unique, also where the rotation is not. Where all
+    rows of `source` are equal, as for `N = 1`, every scale fits equally well: the result has the
+    smallest, 0, the identity as rotation, and the mean of `target` as translation. Where all rows
+    of `target` are equal, the scale is 0, too. With `scaled=False`, the fit to a single row is the
+    translation from one to the other.
+
+    The rotation, the scale and the translation have gradients. They are exact where the rotation is
+    unique, and where `N <= D - 1` and the differences of the rows of each side are linearly
+    independent; elsewhere they are finite. Where the scale is 0 because all rows of `source` are
+    equal, its gradient is 0.
+
+    Rows may be far from the origin. They are centred in float64, which costs no digit of their
+    differences. If their mean is `k` times as large as their spread, the differences are known to
+    `k` times the rounding error of the input. The same holds for `scale * source @ rotation +
+    translation` if it is computed in the dtype of the input: subtract the mean first if the digits
+    count.
+
+    Args:
+        source: Rows to be mapped, of a floating point dtype, `(*, N, D)` with any `N >= 1`.
+        target: Rows to be reached, in the dtype of `source`, `(*, N, D)`.
+        weights: A weight >= 0 for each row, `(*, N)`, as for :func:`fit_rotation`. A row of weight
+            0 is ignored. If all are 0, the result is the identity as rotation, the scale 0 (1 with
+            `scaled=False`) and the translation 0.
+        special: Fit over SO(D), the maps of determinant +1, instead of O(D).
+        scaled: Fit the scale. False fits a rigid motion, whose scale is exactly 1.
+
+    Returns:
+        A named tuple. The two last numbers have no gradient, and are float32 for half types.
+
+        * `rotation`: the orthogonal map, `(*, D, D)`.
+        * `scale`: the factor, at least 0, `(*)`. Over SO(1) it is 0 where only a reflection of the
+          line has a positive scale.
+        * `translation`: the vector that is added to each row, `(*, D)`. It is the best one for the
+          rotation and the scale as they are returned, rounded to the dtype of the input.
+        * `residual`: the root mean squared row error, the weights normalised, `(*)`; 0 where all
+          weights are 0. It is in the unit of `target`.
+        * `gap`: how unique the rotation is, in [0, 2], `(*)`, as for :func:`fit_rotation` of the
+          centred rows. The singular values that count as 0 are larger by the factor `1 + k` of the
+          side whose mean is larger in terms of its spread.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> source = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> quarter_turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        >>> fit = fit_similarity(source, 3 * source @ quarter_turn + torch.tensor([5.0, 7.0]))
+        >>> fit.scale, fit.translation
+        (tensor(3.), tensor([5., 7.]))
+        >>> torch.allclose(fit.rotation, quarter_turn)
+        True
+
+    References:
+        Umeyama, Least-squares estimation of transformation parameters between two point patterns,
+        IEEE TPAMI, 1991. Schönemann and Carroll, Fitting one matrix to another under choice of a
+        central dilation and a rigid motion, Psychometrika, 1970.
+    """
+    special, scaled = _checks.as_boolean("special", special), _checks.as_boolean("scaled", scaled)
+    _check_rows_to_fit(source, target, weights)
+    x, y, w = _exact_rows(source, target, weights)
+    w = w / _or_1(w.detach().amax(-1, keepdim=True))
+    (x, size_x, centre_x, far_x), (y, size_y, centre_y, far_y) = (_centred(z, w) for z in (x, y))
+    if not scaled:  # in one unit
+        unit = torch.maximum(size_x, size_y)
+        x, y = (z * (size / _or_1(unit)) for z, size in ((x, size_x), (y, size_y)))
+        size_x = size_y = unit
+    far = torch.maximum(far_x, far_y).squeeze(-1)
+    dtype, counted_in = source.dtype, computed_in(source)
+    # Centred rows are dependent: N of them leave as many directions free as any N - 1.
+    few = x.shape[-2] < x.shape[-1]
+    rotation, _, gap = _fit(x, y, w, special, x.dtype, counted_in, few, far)
+    mapped, weight = x @ rotation, w.unsqueeze(-1)
+    relative: Tensor = torch.ones_like(gap, dtype=x.dtype)
+    if scaled:
+        spread = (weight * x.square()).sum((-2, -1))
+        # At least 0 but for rounding, and for SO(1).
+        product = (weight * mapped * y).sum((-2, -1)).clamp_min(0)
+        relative = torch.where(spread == 0, 0, product / _or_1(spread))
+    reached = relative.detach()[..., None, None] * mapped.detach()
+    residual = _residual(reached, y.detach(), w.detach()) * size_y[..., 0, 0]
+    # Where `size_x` is 0, so is `relative`.
+    scale = relative * (size_y / _or_1(size_x))[..., 0, 0] if scaled else relative
+    returned_rotation, returned_scale = rotation.to(dtype), scale.to(dtype)
+    # What is rounded here is multiplied by the mean, which may be large.
+    rotation = _with_value(rotation, returned_rotation.to(rotation.dtype))
+    scale = _with_value(scale, returned_scale.to(scale.dtype))
+    translation = (centre_y - scale[..., None, None] * (centre_x @ rotation)).squeeze(-2)
+    return SimilarityFit(
+        returned_rotation, returned_scale, translation.to(dtype), residual.to(counted_in), gap
+    )
 
 
 def nearest_orthogonal(matrix: Tensor, *, special: bool = False) -> Tensor:
@@ -326,6 +427,86 @@ def _angles(r: Tensor) -> Tensor:
     return (2 * torch.atan2(sines, cosines)).masked_fill(broken.squeeze(-1), torch.nan)
 
 
+def _exact_rows(
+    source: Tensor, target: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows and weights in float64: 0 for rows of weight 0, NaN for negative weights."""
+    source, target = savable(source, target)
+    x, y = exact(source), exact(target)
+    if weights is None:
+        return x, y, x.new_ones(x.shape[-2])
+    w = exact(*savable(weights))
+    zero = w == 0
+    x, y = (z.masked_fill(zero.unsqueeze(-1), 0) for z in (x, y))
+    # The fill gives weights of 0 the gradient 0.
+    return x, y, torch.where(w < 0, torch.nan, w.masked_fill(zero, 0))
+
+
+def _centred(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Subtract the weighted mean of rows `(*, N, D)`.
+
+    A row is subtracted first, that of the largest weight: equal rows become 0 exactly, and as
+    rounding is relative to a difference, the sum of the results is 0 up to rounding of their size,
+    also where the mean is far larger. A derivative with respect to that row would cancel.
+
+    Returns the centred rows in units of their size; the size `(*, 1, 1)`; the mean `(*, 1, D)`; and
+    the factor by which the rounding of `x` is larger than that of the result.
+    """
+    rows, weight = torch.broadcast_tensors(x.detach(), w.detach().unsqueeze(-1))
+    origin = rows.gather(-2, weight.argmax(-2, keepdim=True))
+    without = (w == 0).unsqueeze(-1)
+    x = (x - origin).masked_fill(without, 0)
+    size = x.detach().abs().amax((-2, -1), keepdim=True)
+    unit = _or_1(size)
+    x, weight = x / unit, w.unsqueeze(-1)
+    mean = (weight * x).sum(-2, keepdim=True) / _or_1(weight.sum(-2, keepdim=True))
+    far = 1 + origin.abs().amax((-2, -1), keepdim=True) / unit
+    return (x - mean).masked_fill(without, 0), size, origin + unit * mean, far
+
+
+def _fit(
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    special: bool,
+    dtype: torch.dtype,
+    counted_in: torch.dtype,
+    few: bool,
+    far: Tensor | float = 1.0,
+) -> RotationFit:
+    """Fit rows in float64; the rotation is cast to `dtype`, the two numbers to `counted_in`.
+
+    `few` says that the rows leave two directions free, or more. The rows are as exact as numbers of
+    `counted_in`, but for the factor `far`, `(*, 1)`: the gap is 0 where the fit is not unique to
+    that precision.
+    """
+    equal = (x - y).detach().abs().amax((-2, -1), keepdim=True) == 0
+    a, b, unit = _balanced(x, y, w)
+    n, d = x.shape[-2:]
+    eps = torch.finfo(counted_in).eps
+    x = x.detach() / unit
+    if few:
+        left, right = _fit_few_rows(a, b, special, equal)
+        # Strips of the product stay in the cache until they are cast.
+        rotation = torch.cat([(strip.mT @ right).to(dtype) for strip in left.split(512, -1)], -2)
+        rotation.diagonal(dim1=-2, dim2=-1).add_(1)
+        if dtype == x.dtype and 8 * n >= d:  # elsewhere the cast to `dtype` is the larger error
+            rotation = _with_value(rotation, polished(rotation.detach()))
+        mapped = x + x @ left.detach().mT @ right.detach()
+        gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
+    else:
+        m = a.mT @ b
+        floor = rounding_noise(m, max(n, d))
+        rotation, _, values = polar(m, special=special, full=True, tie=8 * eps, floor=floor, rows=n)
+        identity = torch.eye(d, dtype=x.dtype, device=x.device)
+        rotation = _with_value(rotation, torch.where(equal, identity, rotation.detach()))
+        mapped = x @ rotation.detach()
+        rotation = rotation.to(dtype)
+        gap = _gap(values, special, eps * far, max(n, d))
+    residual = _residual(mapped, y.detach() / unit, w.detach()) * unit[..., 0, 0]
+    return RotationFit(rotation, residual.to(counted_in), gap.to(counted_in))
+
+
 def _balanced(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return a, b with `a.mT @ b` a positive multiple of `x.mT @ (w * y)`, and the largest entry.
 
@@ -362,7 +543,7 @@ def _residual(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return ((w * (x - y).square().sum(-1)).sum(-1) / _or_1(w.sum(-1))).sqrt()
 
 
-def _gap(values: Tensor, special: bool, eps: float, size: int) -> Tensor:
+def _gap(values: Tensor, special: bool, eps: float | Tensor, size: int) -> Tensor:
     """Return how unique a fit is, from its signed singular values `(*, D)`."""
     largest = values.abs().amax(-1, keepdim=True)
     values = values.masked_fill(values.abs() <= size * eps * largest, 0)
@@ -374,7 +555,7 @@ def _gap(values: Tensor, special: bool, eps: float, size: int) -> Tensor:
 
 
 def _fit_few_rows(x: Tensor, y: Tensor, special: bool, equal: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit `N <= D - 2` rows `(*, N, D)` in their span; all other directions stay as they are.
+    """Fit rows `(*, N, D)` of rank `D - 2` or less in their span; all others stay as they are.
 
     Returns left and right `(*, 2N, D)` of the rotation `1 + left.mT @ right`. The product is
     exactly 0 where `equal` says that the inputs are equal, and its derivatives are right there.
@@ -394,8 +575,8 @@ def _fit_few_rows(x: Tensor, y: Tensor, special: bool, equal: Tensor) -> tuple[T
     h     (N, D)    the polar factor of v + oᵀ u: the frame of the subspace between the two
     ====  ========  =============================================================================
 
-    With `N >= D - 1` rows the product has at most one direction to spare, and is decomposed as a
-    whole.
+    With a rank of `D - 1` or more the product has at most one direction to spare, and is decomposed
+    as a whole.
     """
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     f, _, _ = polar(x)

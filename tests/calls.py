@@ -44,6 +44,12 @@ CALLS = {
         lambda x, y, w: rotation.fit_rotation(x, y, weights=w, special=True),
         *(Z1, Z2, WEIGHTS),
     ),
+    "fit_similarity": (rotation.fit_similarity, Z1, Z2),
+    "fit_similarity, few rows": (rotation.fit_similarity, Z1[:3], Z2[:3]),
+    "fit_similarity, weights": (
+        lambda x, y, w: rotation.fit_similarity(x, y, weights=w, special=True, scaled=False),
+        *(Z1, Z2, WEIGHTS),
+    ),
     "nearest_orthogonal": (rotation.nearest_orthogonal, Z1[:4]),
     "rotation_angles": (rotation.rotation_angles, R),
     "rotation_distance": (rotation.rotation_distance, R, R.mT),

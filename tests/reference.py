@@ -111,6 +111,19 @@ def fit_rotation(x, y, w, special=False, eta=0.0):
     return nearest_orthogonal(m + eta * np.linalg.norm(m) * np.eye(len(m)), special)
 
 
+def fit_similarity(x, y, w, special=False, scaled=True):
+    """The rotation, scale and translation from the rows of x to those of y (Umeyama, 1991)."""
+    mean_x = sum(weight * row for row, weight in zip(x, w, strict=True)) / sum(w)
+    mean_y = sum(weight * row for row, weight in zip(y, w, strict=True)) / sum(w)
+    rotation = fit_rotation(x - mean_x, y - mean_y, w, special)
+    product, spread = 0.0, 0.0
+    for row, image, weight in zip(x - mean_x, y - mean_y, w, strict=True):
+        product += weight * np.dot(row @ rotation, image)
+        spread += weight * np.dot(row, row)
+    scale = product / spread if scaled else 1.0
+    return rotation, scale, mean_y - scale * mean_x @ rotation
+
+
 def paired(z, z_transformed, order):
     """Unit rows, those of z in another order where one is given."""
     u, v = unit(z), unit(z_transformed)

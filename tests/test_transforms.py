@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
 from care_loss._chunks import TRACERS_KNOW
 from care_loss.functional import equivariance_loss, info_nce_loss, uniformity_loss
-from care_loss.rotation import fit_rotation, nearest_orthogonal
+from care_loss.rotation import fit_rotation, fit_similarity, nearest_orthogonal
 
 BACKENDS = [
     "aot_eager",
@@ -99,6 +99,7 @@ TRACED = {
     "info_nce": lambda x, y: info_nce_loss(x, y),
     "uniformity": lambda x, y: uniformity_loss(x),
     "fit_rotation": lambda x, y: fit_rotation(x, y, special=True).rotation,
+    "fit_similarity": lambda x, y: fit_similarity(x, y, special=True).translation,
     "nearest_orthogonal": lambda x, y: nearest_orthogonal(x.mT @ y),
 }
 
