@@ -55,6 +55,14 @@ def function(plain: type[Function], with_forward_mode: type[Function]) -> Any:
     return plain if torch.compiler.is_compiling() else with_forward_mode
 
 
+def with_value(x: Tensor, value: Tensor) -> Tensor:
+    """Return a value with the gradient of `x`.
+
+    The two are near each other, or equal: their difference is exact, and so is the sum.
+    """
+    return x + (value - x).detach()
+
+
 def refuse_nested_forward_mode() -> None:
     """Refuse forward mode within forward mode, for which PyTorch would return zeros."""
     try:

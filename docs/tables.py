@@ -265,24 +265,21 @@ def arms_of(name: str) -> Table:
     return over_seeds(experiment(name), MEASURED, "arm", "forwards", show=rounded)
 
 
-def against_placebo(name: str) -> Table:
-    """The difference of each arm and its placebo, paired by seed."""
+def against_controls(name: str) -> Table:
+    """The difference of each arm and both of its controls, paired by seed."""
     rows = experiment(name)
     found = {(row["arm"], row["seed"]): row for row in rows}
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
     columns |= {"composition": "composition_share", "kNN": "kNN"}
-    table = [["arm minus its placebo", *columns]]
+    table = [["arm", "minus", *columns]]
     for arm in ("published", "apart", "uniform", "CE-SSL", "CE-SSL, changes"):
-        pairs = [
-            (row, found[f"placebo of {arm}", seed])
-            for (other, seed), row in found.items()
-            if other == arm
-        ]
-        differences = [
-            [float(row[key]) - float(placebo[key]) for row, placebo in pairs]
-            for key in columns.values()
-        ]
-        table.append([arm, *map(mean_and_interval, differences)])
+        of_arm = [row for row in rows if row["arm"] == arm]
+        for label, control in (("placebo", f"placebo of {arm}"), ("SimCLR without",) * 2):
+            differences = [
+                [float(row[key]) - float(found[control, row["seed"]][key]) for row in of_arm]
+                for key in columns.values()
+            ]
+            table.append([arm, label, *map(mean_and_interval, differences)])
     return table
 
 
@@ -488,7 +485,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     ),
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
     **{f"{name}-arms": partial(arms_of, f"arms-{name}") for name in GROUPS},
-    **{f"{name}-placebos": partial(against_placebo, f"arms-{name}") for name in GROUPS},
+    **{f"{name}-controls": partial(against_controls, f"arms-{name}") for name in GROUPS},
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
     **{f"{name}-representation": partial(representations, name) for name in GROUPS},
     **{f"{name}-dimensions": partial(dimensions, f"representation-{name}") for name in OF_SPACE},

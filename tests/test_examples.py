@@ -51,7 +51,7 @@ def run(output, *options):
 
 
 def test_photos_trains_and_measures_all_arms(tmp_path):
-    printed, rows = run(tmp_path / "first", "--seed", "0", "1")
+    printed, rows = run(tmp_path / "first", "--full", "--seed", "0", "1")
     arms = ["untrained", "SimCLR with hue", "SimCLR without hue", "CARE, four forwards"]
     arms += ["CARE, three forwards", "placebo, three forwards"]
     arms += ["CARE, uniformity", "placebo, uniformity"]
@@ -66,6 +66,14 @@ def test_photos_trains_and_measures_all_arms(tmp_path):
         assert 0 < float(row["same hue"]) < 1
     assert (tmp_path / "first" / "photos.png").stat().st_size > 10_000
     assert rows["photos-seed0"] != rows["photos-seed1"]
+
+
+def test_photos_compares_three_arms_by_default(tmp_path):
+    printed, rows = run(tmp_path / "short")
+    assert not rows
+    assert "3 encoders on 500 images, baseline: SimCLR without hue" in printed
+    assert "hue: " in printed
+    assert max(map(len, printed.splitlines())) <= 88
 
 
 def test_moco_trains_and_measures_all_arms(tmp_path):
@@ -252,9 +260,9 @@ def test_a_seed_determines_the_weights_of_all_arms(photos):
     training, _ = photos.load_patches()
 
     def weights(seed):
-        options = {"steps": 2, "weight": 10.0, "turned": True}
-        found, _ = photos.run(seed, training, lambda encoder, **_: encoder.state_dict(), **options)
-        return found
+        arms = photos.make_arms(10.0)
+        trained = photos.trained(seed, training, arms, steps=2, weight=10.0, turned=True)
+        return {name: encoder.state_dict() for name, encoder, _ in trained}
 
     first, again, other = weights(1), weights(1), weights(0)
     assert len(first) == 8

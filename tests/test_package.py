@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("_checks", "_chunks", "_rng", "_numerics", "recipes"),
     ("_polar", "_report_checks", "_view_checks"),
+    ("_few_rows",),
     ("_autograd.__init__", "_autograd.paths", "_autograd.unit_rows"),
     ("_autograd.gram_gap", "_autograd.info_nce", "rotation", "sphere", "views"),
     ("functional", "metrics._sampling", "metrics._tables"),
