@@ -226,7 +226,7 @@ def test_one_draw_in_many_that_acts_is_enough_for_the_shares():
     acted = torch.arange(40) == 3
     moved = z.expand(40, 60, 4).clone()
     moved[3] = turn(z)
-    figures = _report._figures(z, moved, acted, None)
+    figures, _ = _report._figures(z, moved, acted, None)
     assert figures["rotation_share"].mean > 1 - 1e-6
     assert figures["invariance_error"].mean > 0.3
 

@@ -205,7 +205,7 @@ def test_half_precision_and_images_that_change_size():
         return x[:, :3].bfloat16()
 
     report = quiet(encoder, points(40, 4).float(), {"crop": crop, "turn": turn})
-    assert "composition is not measured" in str(report)
+    assert "Composition is not measured" in str(report)
     assert math.isnan(report.row("crop").figures["composition_share"].mean)
     assert report.row("turn").figures["composition_share"].mean < 1
 

@@ -223,6 +223,7 @@ class EquivarianceReport:
         first = min(first, WIDTH - sum(widths) - 2 * len(widths))
 
         def line(label: str, cells: list[str]) -> str:
+            """Align a label and its cells with those of the other lines."""
             padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
             return "  ".join([label.ljust(first), *padded]).rstrip()
 
