@@ -39,7 +39,7 @@ from torch import Tensor
 
 import care_loss
 from care_loss import functional
-from care_loss.rotation import fit_rotation, nearest_orthogonal, random_orthogonal
+from care_loss.rotation import fit_rotation, fit_similarity, nearest_orthogonal, random_orthogonal
 
 Nearest = Callable[[Tensor], Tensor]  # a matrix to the nearest rotation
 Loss = Callable[..., Tensor]
@@ -206,6 +206,87 @@ FEW_ROWS = {
     "geomstats": lambda x, y: x @ geomstats(x.mT @ y),
     "care_loss": lambda x, y: x @ fit_rotation(x, y, special=True).rotation,
 }
+
+# Similarities
+
+
+# The rotation, scale and translation of target = scale * source @ rotation + translation.
+Similarity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def umeyama(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The textbook: centre, decompose the covariance, divide by the variance."""
+    mean_x, mean_y = x.mean(-2, keepdim=True), y.mean(-2, keepdim=True)
+    a, b = x - mean_x, y - mean_y
+    rotation = svd(a.mT @ b)
+    scale = (a @ rotation * b).sum() / a.square().sum()
+    return rotation, scale, (mean_y - scale * mean_x @ rotation)[0]
+
+
+def similarity_of_roma(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from roma import rigid_points_registration
+
+    rotation, translation, scale = rigid_points_registration(x, y, compute_scaling=True)
+    return rotation.mT, scale, translation
+
+
+def our_similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    fit = fit_similarity(x, y, special=True)
+    return fit.rotation, fit.scale, fit.translation
+
+
+SIMILARITIES: dict[str, Similarity] = {
+    "Umeyama with autograd": umeyama,
+    "roma": similarity_of_roma,
+    "care_loss": our_similarity,
+}
+
+
+def of_each(case: Callable[[Similarity], float]) -> dict[str, Callable[[], float]]:
+    return {name: lambda fit=fit: case(fit) for name, fit in SIMILARITIES.items()}
+
+
+def moved_points(offset: float) -> tuple[Tensor, Tensor]:
+    """Points of spread 1 far from the origin, and the same turned, twice as large."""
+    x = torch.randn(100, 3, dtype=torch.float64, generator=generator())
+    turned = 2 * x @ rotations(d=3) + 0.01 * torch.randn(x.shape, generator=generator(1))
+    return (x + offset).float(), (turned - offset).float()
+
+
+def far_from_the_origin(fit: Similarity) -> float:
+    """Rotation and scale of float32 points, against those of the same points in float64."""
+    x, y = moved_points(1e6)
+    rotation, scale, _ = our_similarity(x.double(), y.double())
+    found, found_scale, _ = fit(x, y)
+    return max(relative(found, rotation), relative(found_scale, scale))
+
+
+def gradient_of_one_repeated_point(fit: Similarity) -> float:
+    """Where all points are equal, the mapped points are the mean of the others."""
+    x = torch.ones(8, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(8, 3, dtype=torch.float64, generator=generator())
+    rotation, scale, translation = fit(x, y)
+    mapped = scale * x @ rotation + translation
+    (grad,) = torch.autograd.grad(mapped.square().sum(), x)
+    return relative(mapped, y.mean(0).expand_as(y)) + float(not grad.isfinite().all())
+
+
+def gradient_at_a_cube(fit: Similarity) -> float:
+    """The vertices of a cube, turned: their singular values are equal."""
+    x = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3)
+    y, direction = x @ rotations(d=3), torch.randn(8, 3, dtype=x.dtype, generator=generator(1))
+    g = torch.randn(8, 3, dtype=x.dtype, generator=generator(2))
+
+    def value(y: Tensor) -> Tensor:
+        rotation, scale, translation = fit(x, y)
+        return (g * (scale * x @ rotation + translation)).sum()
+
+    step = 1e-5
+    slope = (value(y + step * direction) - value(y - step * direction)) / (2 * step)
+    y.requires_grad_()
+    (grad,) = torch.autograd.grad(value(y), y)
+    return relative((grad * direction).sum(), slope)
+
 
 # Losses
 
@@ -389,6 +470,35 @@ def of_rotations() -> list[Case]:
     ]
 
 
+def of_similarities() -> list[Case]:
+    return [
+        Case(
+            "similarity of float32 points of spread 1, 1e6 from the origin",
+            "rotation and scale of the same points in float64",
+            "nothing",
+            1e-4,
+            of_each(far_from_the_origin),
+            {"Umeyama with autograd": "wrong", "roma": "wrong"},
+        ),
+        Case(
+            "similarity of eight equal points, with its gradient",
+            "the mean of the others, and a finite gradient",
+            "nothing",
+            1e-4,
+            of_each(gradient_of_one_repeated_point),
+            {"Umeyama with autograd": "NaN", "roma": "NaN"},
+        ),
+        Case(
+            "gradient of a similarity between two cubes",
+            "central differences in float64",
+            DAMPED,
+            1e-4,
+            of_each(gradient_at_a_cube),
+            {"Umeyama with autograd": "NaN"},
+        ),
+    ]
+
+
 def of_info_nce() -> list[Case]:
     views = torch.randn(2, 128, 128, generator=generator())
     near = torch.stack((views[0], F.normalize(views[0], dim=-1) + 0.09 * views[1]))
@@ -458,6 +568,7 @@ def of_equivariance() -> list[Case]:
 
 SUBJECTS = {
     "rotations": of_rotations,
+    "similarities": of_similarities,
     "InfoNCE": of_info_nce,
     "equivariance": of_equivariance,
 }
@@ -474,7 +585,12 @@ def result(ask: Callable[[], float], tolerance: float) -> tuple[str, str]:
     return "right" if error <= tolerance else "wrong", f"{error:.1e}"
 
 
-FORMULAS = ("authors", "plain autograd", "SVD with autograd")  # no libraries
+FORMULAS = (
+    "authors",
+    "plain autograd",
+    "SVD with autograd",
+    "Umeyama with autograd",
+)  # no libraries
 
 
 def version_of(library: str) -> str:
