@@ -88,6 +88,7 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/distributed.py $(ARGS)
 	$(RUN) benchmarks/metrics.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
+	$(RUN) benchmarks/similarity.py $(ARGS)
 	$(RUN) benchmarks/failures.py
 	$(RUN) benchmarks/sphere.py $(ARGS)
 

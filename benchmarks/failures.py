@@ -219,8 +219,9 @@ def umeyama(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean_x, mean_y = x.mean(-2, keepdim=True), y.mean(-2, keepdim=True)
     a, b = x - mean_x, y - mean_y
     rotation = svd(a.mT @ b)
-    scale = (a @ rotation * b).sum() / a.square().sum()
-    return rotation, scale, (mean_y - scale * mean_x @ rotation)[0]
+    scale = (a @ rotation * b).sum((-2, -1)) / a.square().sum((-2, -1))
+    translation = mean_y - scale[..., None, None] * (mean_x @ rotation)
+    return rotation, scale, translation.squeeze(-2)
 
 
 def similarity_of_roma(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -443,6 +443,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "near-the-minimum-long": partial(near_the_minimum, "2048"),
     "distances": distances,
     "failures-of-rotations": partial(failures, "rotations"),
+    "failures-of-similarities": partial(failures, "similarities"),
     "failures-of-info-nce": partial(failures, "InfoNCE"),
     "failures-of-equivariance": partial(failures, "equivariance"),
     "versions": versions,
