@@ -26,6 +26,17 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+def test_similarities_are_timed_beside_their_rivals(tmp_path):
+    path = tmp_path / "similarity.csv"
+    run("similarity.py", "--quick", "--csv", str(path))
+    rows = read(path)
+    contenders = {"care_loss", "care_loss, the rotation alone", "roma", "Umeyama with autograd"}
+    assert {row["contender"] for row in rows} == contenders
+    assert all(float(row["ms"]) > 0 for row in rows)
+    committed = read(ROOT / "benchmarks" / "results" / "similarity-cpu.csv")
+    assert committed[0].keys() == rows[0].keys()
+
+
 def test_rotations_are_timed_beside_their_rivals(tmp_path, device):
     path = tmp_path / "procrustes.csv"
     printed = run("procrustes.py", "--quick", "--device", str(device), "--csv", str(path))
