@@ -33,7 +33,7 @@ def test_similarities_are_timed_beside_their_rivals(tmp_path):
     contenders = {"care_loss", "care_loss, the rotation alone", "roma", "Umeyama with autograd"}
     assert {row["contender"] for row in rows} == contenders
     assert all(float(row["ms"]) > 0 for row in rows)
-    committed = read(ROOT / "benchmarks" / "results" / "similarity-cpu.csv")
+    committed = read(BENCHMARKS / "results" / "similarity-cpu.csv")
     assert committed[0].keys() == rows[0].keys()
 
 
