@@ -16,6 +16,8 @@ Three things make an encoder look equivariant that is not, and each has its reme
 * If each image is transformed by itself, so that no rotation is shared, a rotation can still
   explain much. :func:`equivariance_report` measures this **unshared** control, and its main figure
   is the gap ratio of the two.
+
+A report of one encoder shows no gain: :func:`compare` measures several against a control.
 """
 
 from care_loss.metrics._compare import Comparison, compare
