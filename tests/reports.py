@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from care_loss.metrics import equivariance_report
-from care_loss.rotation import random_orthogonal
 from care_loss.sphere import normalize
 
 FLOAT64 = torch.float64
@@ -18,8 +17,11 @@ def points(n, d, seed=0, dtype=FLOAT64):
 
 
 def turn(images):
-    """One random rotation for all images `(n, D)`."""
-    return images @ random_orthogonal(images.shape[1], special=True, dtype=images.dtype)
+    """One random rotation for all images `(n, D)`; its distribution does not matter."""
+    d = images.shape[1]
+    rotation = torch.linalg.qr(torch.randn(d, d, dtype=images.dtype))[0]
+    rotation[:, 0] *= torch.linalg.det(rotation).sign()
+    return images @ rotation
 
 
 def plane_turn(images):

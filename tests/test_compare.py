@@ -13,10 +13,9 @@ from care_loss.metrics._tables import Estimate
 ENCODERS = {"ours": Noisy(0.1), "placebo": Noisy(0.3), "control": Noisy(0.5)}
 
 
-def compared(encoders=None, baseline="control", n=100, samples=8, **options):
-    encoders = encoders or ENCODERS
+def compared(encoders=None, baseline="control", n=60, samples=6, **options):
     return compare(
-        encoders,
+        encoders or ENCODERS,
         points(n, 4),
         {"turn": turn},
         baseline=baseline,
@@ -26,16 +25,20 @@ def compared(encoders=None, baseline="control", n=100, samples=8, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def comparison():
+    return compared()
+
+
 def conclusion(comparison):
     text = str(comparison)
     return " ".join(text[text.index("turn: ") :].split())
 
 
-def test_each_report_is_that_of_its_encoder_alone():
-    comparison = compared()
+def test_each_report_is_that_of_its_encoder_alone(comparison):
     for name, encoder in ENCODERS.items():
         alone = equivariance_report(
-            encoder, points(100, 4), {"turn": turn}, samples=8, progress=False
+            encoder, points(60, 4), {"turn": turn}, samples=6, progress=False
         )
         assert str(comparison.reports[name]) == str(alone)
     assert comparison.to_dict()["baseline"] == "control"
@@ -43,29 +46,27 @@ def test_each_report_is_that_of_its_encoder_alone():
 
 
 @pytest.mark.parametrize("figure", ["gap_ratio", "share_above_chance", "displacement"])
-def test_errors_of_one_figure_follow_from_its_draws(figure):
-    row = compared().reports["ours"].row("turn")
+def test_errors_of_one_figure_follow_from_its_draws(comparison, figure):
+    row = comparison.reports["ours"].row("turn")
     squares = [x.var() / len(x) for x in row.by_draw[figure]]
     assert row.figures[figure].error == pytest.approx(sum(squares).sqrt().item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("figure", ["gap_ratio", "share_above_chance"])
-def test_a_difference_has_the_error_that_repeated_measurements_have(figure):
+def test_a_difference_has_the_error_that_repeated_measurements_have():
     # Both encoders see the same draws, and react alike: their figures vary together.
     encoders = {"ours": Noisy(0.3), "control": Noisy(0.32)}
-    found = [
-        compared(encoders, seed=seed, samples=16).difference("ours", "turn", figure)
-        for seed in range(12)
-    ]
-    spread = torch.tensor([x.mean for x in found]).std().item()
-    error = sum(x.error for x in found) / len(found)
-    assert 0.5 * spread < error < 2 * spread
-    alone = compared(encoders, samples=16).reports["ours"].row("turn").figures[figure].error
-    assert error < 0.5 * math.sqrt(2) * alone  # that of independent draws
+    repeated = [compared(encoders, seed=seed, samples=16, n=40) for seed in range(12)]
+    for figure in ("gap_ratio", "share_above_chance"):
+        found = [comparison.difference("ours", "turn", figure) for comparison in repeated]
+        spread = torch.tensor([x.mean for x in found]).std().item()
+        error = sum(x.error for x in found) / len(found)
+        assert 0.5 * spread < error < 2 * spread
+        alone = repeated[0].reports["ours"].row("turn").figures[figure].error
+        assert error < 0.5 * math.sqrt(2) * alone  # that of independent draws
 
 
-def test_the_difference_to_itself_is_exactly_zero():
-    difference = compared().difference("control", "turn", "gap_ratio")
+def test_the_difference_to_itself_is_exactly_zero(comparison):
+    difference = comparison.difference("control", "turn", "gap_ratio")
     assert difference[:2] == (0, 0)
 
 
@@ -77,9 +78,9 @@ def test_the_table_has_a_line_for_each_encoder_and_fits():
     assert "over draws, not over trainings" in text
 
 
-def test_the_conclusion_names_order_and_figures():
-    sentence = conclusion(compared())
-    ours = compared().reports["ours"].row("turn").figures["gap_ratio"].mean
+def test_the_conclusion_names_order_and_figures(comparison):
+    sentence = conclusion(comparison)
+    ours = comparison.reports["ours"].row("turn").figures["gap_ratio"].mean
     assert "'ours' (equivariant) is more equivariant than the baseline 'control'" in sentence
     assert f"gap ratio {ours:.3f} against " in sentence
     # The placebo is the stronger control here, though it is not the one that was named.
@@ -94,8 +95,7 @@ def test_a_worse_encoder_and_an_equal_one_are_called_so():
     assert "'same' (partly equivariant) is not clearly different from the baseline" in sentence
 
 
-def test_figures_that_contradict_each_other_are_no_gain(monkeypatch):
-    comparison = compared()
+def test_figures_that_contradict_each_other_are_no_gain(comparison, monkeypatch):
     differences = {"gap_ratio": Estimate(-0.1, 0.01), "share_above_chance": Estimate(-0.1, 0.01)}
     monkeypatch.setattr(
         _compare.Comparison, "difference", lambda self, n, t, figure: differences[figure]

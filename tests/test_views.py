@@ -225,8 +225,10 @@ def test_collate_is_repeatable_and_never_repeats_itself():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("forwards", [3, 4])
-@pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
+@pytest.mark.parametrize(
+    ("context", "forwards"),
+    [(context, 4) for context in multiprocessing.get_all_start_methods()] + [("spawn", 3)],
+)
 def test_collate_works_in_worker_processes(context, forwards):
     loader = DataLoader(
         samples(16),
