@@ -87,6 +87,7 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/chunks.py $(ARGS)
 	$(RUN) benchmarks/distributed.py $(ARGS)
 	$(RUN) benchmarks/metrics.py $(ARGS)
+	$(RUN) benchmarks/monitor.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/similarity.py $(ARGS)
 	$(RUN) benchmarks/failures.py

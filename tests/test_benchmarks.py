@@ -125,6 +125,22 @@ def test_the_measures_of_many_draws_took_less_than_ten_seconds():
     assert round(float(row["ms"]) / 1000) == 7
 
 
+def test_a_monitor_is_timed_beside_a_training_step(tmp_path, device):
+    found = contenders_of("monitor.py", tmp_path, device, "--rounds", "2")
+    assert set(found) == {"training step", "monitor call"}
+    assert 0 < float(found["monitor call"]["of an epoch"]) < 1
+
+
+def test_a_call_of_the_monitor_took_less_than_three_percent_of_an_epoch():
+    rows = read(BENCHMARKS / "results" / "monitor-cpu.csv")
+    found = {int(row["D"]): float(row["of an epoch"]) for row in rows if "call" in row["contender"]}
+    assert set(found) == {32, 128}
+    assert all(share < 0.03 for share in found.values())
+    page = (BENCHMARKS.parent / "docs" / "measures.md").read_text(encoding="utf-8")
+    for d, share in found.items():
+        assert f"{100 * share:.1f} % (D = {d})" in page
+
+
 def test_memory_is_measured_in_a_process_of_each_contender(tmp_path, device):
     found = contenders_of("memory.py", tmp_path, device)
     assert set(found) == {"authors", "lightly", "plain autograd", COMPILED, "care_loss"}

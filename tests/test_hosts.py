@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from care_loss import InfoNCELoss
+from care_loss import CAREloss, InfoNCELoss
+from care_loss.metrics import EquivarianceMonitor
 from care_loss.views import SharedAugmentCollate, assert_shared, shared_views
 
 ROOT = Path(__file__).parent.parent
@@ -409,3 +410,106 @@ def test_two_processes_of_lightning_log_the_info_nce_of_the_global_batch(needs, 
     assert ranks[0] == ranks[1]
     for base, whole in zip(ranks[0][::2], ranks[0][1::2], strict=True):
         assert float(base) == pytest.approx(float(whole), abs=2e-6)
+
+
+# Watching a training
+
+
+@pytest.fixture
+def watched():
+    """Held-out clouds, how to turn them, and a monitor that is due at steps 0 and 2 of 4."""
+
+    def turn(clouds):
+        angle = 2 * math.pi * torch.rand(())
+        c, s = angle.cos(), angle.sin()
+        return clouds @ torch.stack([c, s, -s, c]).view(2, 2)
+
+    return turn, EquivarianceMonitor(torch.randn(64, 8, 2), {"turn": turn}, every=2)
+
+
+def encode():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
+
+
+def test_lightning_logs_what_the_monitor_measures(needs, watched, tmp_path):
+    needs("pytorch_lightning")
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import CSVLogger
+
+    turn, monitor = watched
+    callback = load(EXAMPLES / "lightning_monitor.py").WatchEquivariance(monitor)
+    criterion = CAREloss(shared_views=True)
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encode()
+
+        def forward(self, x):
+            assert x.dtype is torch.float32
+            return self.encoder(x)
+
+        def training_step(self, batch, batch_index):
+            *views, chunks = shared_views(batch, turn, chunks=4)
+            return criterion(*map(self, views), chunks=chunks)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the advice of Lightning
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            accumulate_grad_batches=2,
+            logger=CSVLogger(tmp_path),
+            callbacks=[callback],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(8 * 16, 8, 2), 16))
+    (path,) = tmp_path.rglob("metrics.csv")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 2]  # of four steps, with two batches each
+    assert all(0 < float(row["turn/gap_ratio"]) < 2 for row in rows)
+
+
+def test_the_trainer_of_transformers_logs_what_the_monitor_measures(needs, watched, tmp_path):
+    needs("transformers", "accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    turn, monitor = watched
+    criterion = CAREloss(shared_views=True)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encode()
+
+        def forward(self, clouds, labels):
+            *views, chunks = shared_views(clouds, turn, chunks=4)
+            return {"loss": criterion(*map(self.encoder, views), chunks=chunks)}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    dataset = [{"clouds": cloud, "labels": 0} for cloud in torch.randn(8 * 16, 8, 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the advice of the Trainer
+        model = Model()
+        trainer = Trainer(model, arguments, train_dataset=dataset)
+        watch = load(EXAMPLES / "transformers_monitor.py").WatchEquivariance
+        trainer.add_callback(watch(trainer, model.encoder, monitor))
+        trainer.train()
+    rows = [row for row in trainer.state.log_history if "turn/gap_ratio" in row]
+    assert [row["step"] for row in rows] == [0, 2]  # of four steps, with two batches each
+    assert all(0 < row["turn/gap_ratio"] < 2 for row in rows)

@@ -80,20 +80,39 @@ def test_a_training_goes_on_as_without_the_monitor():
         (Noisy(1.0), "sharing 'turn' makes no difference to the embeddings (gap ratio "),
     ],
 )
-def test_a_fault_is_told_once_when_it_was_seen_three_times(encoder, sentence):
+def test_a_fault_is_told_once_when_it_was_seen_four_times(encoder, sentence):
     ((step, message),) = warned_at(lambda step: encoder, 6)
-    assert step == 2
+    assert step == 3
     assert sentence in message
 
 
 def test_what_is_seen_now_and_then_is_not_told():
-    assert warned_at(lambda step: collapsed if step % 3 else nn.Identity(), 9) == []
-    assert warned_at(lambda step: Noisy(0.2), 4) == []
+    assert warned_at(lambda step: collapsed if step % 4 else nn.Identity(), 12) == []
+    assert warned_at(lambda step: Noisy(0.2), 6) == []
+
+
+def test_a_fault_that_passes_is_not_told():
+    def spreading(step):  # the mean norm falls from 0.999 to 0.9 and below, as training begins
+        return lambda x: torch.ones_like(x) + 0.04 * 1.4**step * x
+
+    assert warned_at(spreading, 8) == []
+    ((_, message),) = warned_at(lambda step: spreading(min(step, 1)), 6)
+    assert "the embeddings collapse" in message
+
+
+def test_an_embedding_that_hardly_moves_and_shares_nothing_ignores_the_transformation():
+    class Ignoring(nn.Module):
+        def forward(self, x):
+            return torch.cat([ignoring(x), 0.35 * Noisy(1.0)(x)], 1)
+
+    ((_, message),) = warned_at(lambda step: Ignoring(), 4)
+    assert "the embedding ignores 'turn' (displacement 0." in message
+    assert "gap ratio" in message
 
 
 def test_each_kind_is_told():
-    found = warned_at(lambda step: collapsed if step < 4 else Noisy(1.0), 9)
-    assert [step for step, _ in found] == [2, 6]
+    found = warned_at(lambda step: collapsed if step < 5 else Noisy(1.0), 11)
+    assert [step for step, _ in found] == [3, 8]
 
 
 def test_a_loader_or_many_images_are_kept_up_to_512():

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,20 @@ from care_loss.metrics._sampling import Transform, sample
 from care_loss.metrics._tables import EquivarianceReport, ReportRow
 
 MAX_IMAGES = 512
-MIN_SIGHTINGS = 3  # reports in succession that show the same, before there is a warning
-UNSHARED_DRAWS = 2  # which take most of the time, as each image is transformed by itself
+MIN_SIGHTINGS = 4  # reports in succession that show the same, before there is a warning
+MIN_IMPROVEMENT = 1.05  # from one report to the next: a fault that passes is not warned of
+UNSHARED_DRAWS = 2  # fewer than in a report: in these each image is transformed by itself
 MIN_UNSHARED_GAP_RATIO = 0.9  # from there on, sharing the draws makes no difference
+# An embedding that moves less, with a gap ratio of no less, is on the way to invariance.
+MAX_IGNORED_DISPLACEMENT, MIN_IGNORED_GAP_RATIO = 0.5, 0.75
+
+
+class _Fault(NamedTuple):
+    """What is wrong with an embedding."""
+
+    kind: str
+    sentence: str
+    health: tuple[float, ...]  # figures of which one grows while it gets better
 
 
 class EquivarianceMonitor:
@@ -26,11 +37,17 @@ class EquivarianceMonitor:
     :meth:`~EquivarianceReport.scalars` does. It leaves the mode of the encoder and all generators
     as they were. It needs `samples` + 3 forwards of the images, without gradient.
 
-    If three reports in succession show the same fault, it warns, once for each kind:
+    If four reports in succession show the same fault, and it does not get better from one to the
+    next, it warns, once for each kind. These are the faults:
 
-    * The embeddings collapse: their mean norm is above 0.9.
-    * The embedding ignores a transformation: the verdict is invariant or nearly invariant.
+    * The embeddings collapse: their mean norm is above 0.9. That of an untrained network often is,
+      too, but it falls as training begins.
+    * The embedding ignores a transformation: the verdict is invariant or nearly invariant, or the
+      displacement is under half of chance and the gap ratio at least 0.75.
     * Sharing makes no difference: the gap ratio is at least 0.9, as for draws of each image.
+
+    No warning is no evidence. Only :func:`compare` with a control tells whether the equivariance
+    loss has an effect: training without sharing can lower the gap ratio as well.
 
     Args:
         images: Images `(N, ...)` that are not trained on, or a `DataLoader` of batches of them. The
@@ -70,7 +87,8 @@ class EquivarianceMonitor:
         self.samples = _checks.check_count("samples", samples, 4)
         self.batch_size, self.seed = batch_size, seed
         self.device = None if device is None else torch.device(device)
-        self._sightings: dict[str, int] = {}
+        self._sightings: dict[str, tuple[int, tuple[float, ...]]] = {}
+        self._warned: set[str] = set()
 
     def __call__(self, encoder: Callable[[Tensor], Any], step: int) -> dict[str, float]:
         """Return the scalars of a report if the step is due, otherwise an empty dictionary."""
@@ -97,19 +115,20 @@ class EquivarianceMonitor:
 
     def _warn(self, rows: list[ReportRow], step: int) -> None:
         """Warn of what the last reports have shown in succession."""
-        faults = dict(fault for row in rows for fault in _faults(row))
-        for kind in self._sightings.keys() - faults.keys():
-            # What was warned of stays warned of.
-            self._sightings[kind] = min(self._sightings[kind], 0)
-        for kind, sentence in faults.items():
-            seen = self._sightings[kind] = self._sightings.get(kind, 0) + 1
-            if seen == MIN_SIGHTINGS:
-                self._sightings[kind] = -(2**31)
+        faults = {fault.kind: fault for row in rows for fault in _faults(row)}
+        before, self._sightings = self._sightings, {}
+        for kind, (_, sentence, health) in faults.items():
+            seen, last = before.get(kind, (0, ()))
+            better = any(b > MIN_IMPROVEMENT * a for a, b in zip(last, health, strict=False))
+            seen = 1 if better else seen + 1
+            self._sightings[kind] = seen, health
+            if seen >= MIN_SIGHTINGS and kind not in self._warned:
+                self._warned.add(kind)
                 warnings.warn(f"step {step}: {sentence}", stacklevel=3)
 
 
-def _faults(row: ReportRow) -> list[tuple[str, str]]:
-    """Return what is wrong, as kinds and sentences."""
+def _faults(row: ReportRow) -> list[_Fault]:
+    """Return what is wrong."""
     name = row.transformation
     norm, gap, moved = (row.figures[key].mean for key in ("mean_norm", "gap_ratio", "displacement"))
     if row.verdict == "collapsed" or norm > MIN_COLLAPSING_NORM:
@@ -117,20 +136,23 @@ def _faults(row: ReportRow) -> list[tuple[str, str]]:
             f"the embeddings collapse (mean norm {norm:.2f}): lower the equivariance weight, and "
             "check that the loss has a base loss, and that gradients are set to zero at each step."
         )
-        return [("collapse", sentence)]
-    if row.verdict in ("invariant", "nearly invariant"):
+        return [_Fault("collapse", sentence, (1 - norm,))]
+    if row.verdict in ("invariant", "nearly invariant") or (
+        moved < MAX_IGNORED_DISPLACEMENT and gap >= MIN_IGNORED_GAP_RATIO
+    ):
         sentence = (
-            f"the embedding ignores {name!r} (displacement {moved:.2f} of chance): is it in the "
-            "ordinary views?"
+            f"the embedding ignores {name!r} (displacement {moved:.2f} of chance, gap ratio "
+            f"{gap:.2f}): is it in the ordinary views, or is the equivariance weight too high?"
         )
-        return [(f"ignored {name}", sentence)]
+        return [_Fault(f"ignored {name}", sentence, (moved,))]
     if gap >= MIN_UNSHARED_GAP_RATIO:
         sentence = (
             f"sharing {name!r} makes no difference to the embeddings (gap ratio {gap:.2f}): does "
             "each chunk share one draw, does the loss get the `chunks` of the views, and does it "
             "get the embeddings of this encoder?"
         )
-        return [(f"unshared {name}", sentence)]
+        # While embeddings still spread, the gap ratio says little.
+        return [_Fault(f"unshared {name}", sentence, (1 / gap, 1 - norm))]
     return []
 
 
