@@ -18,8 +18,14 @@ from torch.func import vmap
 
 from care_loss import RotationContrastLoss, functional
 from care_loss._chunks import members
-from care_loss.functional import alignment_loss, cross_fitted, info_nce_loss
+from care_loss.functional import (
+    alignment_loss,
+    cross_fitted,
+    equivariance_loss,
+    info_nce_loss,
+)
 from care_loss.metrics import equivariance_report
+from care_loss.rotation import fit_rotation
 from care_loss.sphere import normalize
 from care_loss.views import augment_chunks
 
@@ -129,6 +135,43 @@ def test_leading_dimensions_are_batches(chunks, ids):
             one = cross_fitted(z[i, j], turned[i, j], chunks=chunks)
             torch.testing.assert_close(found[i, j], one, rtol=0, atol=1e-14)
     assert cross_fitted(z[:0], turned[:0], chunks=chunks).shape == (0, 2, 13, 2)
+
+
+# What right predictions mean
+
+
+@few_rows
+@given(st.integers(2, 8), st.integers(1, 8), st.booleans(), seeds)
+def test_right_predictions_are_those_of_one_rotation_of_halves_that_span_the_same(
+    d, rank, special, seed
+):
+    rank = min(rank, d)
+    rows = normal(2 * d + 2, rank, seed=seed) @ orthogonal(d, seed)[:rank]
+    turned = rows @ orthogonal(d, seed + 1, reflect=not special)
+    found = cross_fitted(rows, turned, chunks=1, special=special)
+    assert (found - normalize(turned)).abs().max() < 1e-7
+    # With one row of another half's span changed, no single map relates all rows.
+    turned[0] = -turned[0]
+    found = cross_fitted(rows, turned, chunks=1, special=special)
+    assert (found - normalize(turned)).abs().max() > 0.1
+    assert equivariance_loss(rows, turned) > 1e-4
+
+
+@few_rows
+def test_halves_that_span_different_subspaces_may_be_predicted_wrongly():
+    rows = torch.zeros(8, 4, dtype=FLOAT64)
+    rows[::2, :2], rows[1::2, 2:] = normal(2, 4, 2)
+    turned = rows @ orthogonal(4, 5)
+    assert equivariance_loss(rows, turned) < 1e-25  # one rotation relates all rows
+    assert (cross_fitted(rows, turned, chunks=1) - normalize(turned)).norm(dim=-1).max() > 0.1
+
+
+@few_rows
+def test_a_fit_explains_its_own_rows_whatever_they_are():
+    rows, turned = orthogonal(16, 0)[:8], orthogonal(16, 1)[:8]
+    assert fit_rotation(rows, turned, special=True).residual < 1e-12
+    missed = cross_fitted(rows, turned, chunks=1) - turned
+    assert missed.norm(dim=-1).mean() > 1  # of orthogonal rows: 1.4
 
 
 @few_rows
