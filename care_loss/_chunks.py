@@ -91,6 +91,28 @@ def layout_of_ids(ids: Tensor) -> tuple[Tensor | None, list[tuple[int, int]]]:
     return None if in_place else order, stacks
 
 
+def halves(
+    order: Tensor | None, stacks: list[tuple[int, int]], n: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Return row numbers `(k, m)` of halves of chunks, and those `(k, m')` of their other halves.
+
+    The halves of a chunk are its rows of even and of odd place. Those of all chunks of an even
+    length come together, and those of an odd length in two groups.
+
+    >>> halves(None, [(1, 5)], 5, torch.device("cpu"))
+    [(tensor([[0, 2, 4]]), tensor([[1, 3]])), (tensor([[1, 3]]), tensor([[0, 2, 4]]))]
+    """
+    rows = torch.arange(n, device=device) if order is None else order.to(device, non_blocking=True)
+    pairs = []
+    for part, stack in zip(rows.split([k * m for k, m in stacks]), stacks, strict=True):
+        even, odd = (part.view(stack)[:, first::2] for first in (0, 1))
+        if stack[1] % 2:
+            pairs += [(even, odd), (odd, even)]
+        else:
+            pairs.append((torch.cat((even, odd)), torch.cat((odd, even))))
+    return pairs
+
+
 def split(z: Tensor, stacks: list[tuple[int, int]]) -> list[Tensor]:
     """Cut rows `(*, N, D)` into stacks of equally long chunks, `(*, k, n, D)` each."""
     parts = z.split([k * m for k, m in stacks], dim=-2)

@@ -3,7 +3,8 @@
 Rows are embeddings, and every function normalises them. Leading dimensions are free: each index of
 them is one batch, and `reduction="mean"` averages over them too (the mean over no batch at all is
 NaN, as everywhere in PyTorch). Half types are computed in float32 at least and give a float32 loss;
-float64 stays float64. No function makes the host wait for a GPU.
+float64 stays float64. No function makes the host wait for a GPU but :func:`cross_fitted`, whose
+singular value decompositions do.
 
 InfoNCE and the equivariance loss are stated here as plain compositions of PyTorch operations. Where
 first derivatives are enough, they are computed with gradients derived by hand, in less time and
@@ -18,6 +19,7 @@ further, in float32. If a backward of the plain composition runs under autocast,
 InfoNCE is rounded to 16 bits like that of any other layer.
 """
 
+import warnings
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
@@ -31,11 +33,17 @@ from care_loss._autograd.info_nce import info_nce
 from care_loss._autograd.paths import use_autograd_function
 from care_loss._checks import check_floating, check_on_device, show
 from care_loss._numerics import computed_in, exact, savable, without_autocast
+from care_loss.rotation import fit_rotation
 from care_loss.sphere import normalize
 
 Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
 Size = TypeVar("Size", float, Tensor)
+
+# A rotation was learned from 16 rows in 16 dimensions, and from 32 in 64 and in 128; from 16 rows
+# in 64 dimensions, the embedding became invariant.
+MIN_ROWS_TO_FIT = 32
+_warned: set[str] = set()
 
 
 def info_nce_loss(
@@ -179,6 +187,72 @@ def equivariance_loss(
     return plain(z1, z2)
 
 
+def cross_fitted(
+    z: Tensor, z_turned: Tensor, *, chunks: int | Tensor, special: bool = True
+) -> Tensor:
+    r"""Predict each turned embedding by the rotation that fits the other half of its chunk.
+
+    Let :math:`u` and :math:`v` be the unit rows of `z` and `z_turned`, and A and B the halves of a
+    chunk: its rows of even and of odd place. Row :math:`i` of the result is
+
+    .. math::
+        p_i = \begin{cases} u_i R_B & i \in A \\ u_i R_A & i \in B \end{cases}
+        \qquad R_H = \operatorname*{arg\,min}_{R^\top R = I,\ \det R = 1}
+        \sum_{j \in H} \lVert u_j R - v_j \rVert^2
+
+    No row is predicted by a fit that has seen it, so a prediction is right only where one rotation
+    relates rows that were fitted and rows that were not. Compared with `z_turned` by a contrastive
+    loss, it trains the augmentation of a chunk to act as one rotation
+    (:class:`care_loss.RotationContrastLoss`). The gradient flows through the fits, to `z` and to
+    `z_turned`. Where a fit is not unique, both are those of
+    :func:`care_loss.rotation.fit_rotation`.
+
+    A half needs enough rows to determine the rotation in the dimensions that the embedding uses.
+    With too few, the fits predict nothing, and a contrastive loss then teaches the embedding to
+    ignore the augmentation, in silence. The first call with a half of fewer than D and fewer than
+    32 rows therefore gives a warning (not under `torch.compile`).
+
+    Args:
+        z: Embeddings of the images, `(*, N, D)` with `N >= 4`.
+        z_turned: Embeddings of the images under an augmentation that each chunk shares,
+            `(*, N, D)`.
+        chunks: The number of contiguous chunks to cut the rows into, as for
+            :func:`equivariance_loss`. Or integer ids `(N,)`, in any order: rows with the same id
+            form a chunk. All chunks must have four rows or more: rows whose id is unique are an
+            error, as there is nothing to predict them from. Ids are always read. On a GPU the host
+            waits for them, as it does for the fits; under `torch.compile` they cause a graph break.
+        special: Fit over SO(D), the rotations of determinant +1, instead of O(D).
+
+    Returns:
+        The predictions of the rows of `z_turned`, unit rows in the order of `z`, `(*, N, D)`. A
+        zero row stays zero. A row with NaN makes NaN of those of its chunk that its half predicts,
+        and of itself.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> z = torch.eye(3).repeat(4, 1)
+        >>> turned = torch.cat((z[:6].roll(1, 1), z[6:].roll(2, 1)))  # one rotation per chunk
+        >>> torch.allclose(cross_fitted(z, turned, chunks=2), turned)
+        True
+
+    References:
+        Schönemann, A generalized solution of the orthogonal Procrustes problem, Psychometrika,
+        1966. A related idea with general linear maps is in Schmidt et al., Equivariance by
+        Contrast, NeurIPS 2025.
+    """
+    special = _checks.as_boolean("special", special)
+    _checks.check_embeddings(z=z, z_turned=z_turned)
+    chunks = _checks.as_chunks(chunks, z.shape[-2], z.device)
+    _checks.check_not_recorded("rotations", "use torch.export")
+    if isinstance(chunks, Tensor) and torch.compiler.is_compiling():
+        # Compiled code could not use the sizes that are read.
+        uncompiled = torch.compiler.disable(_cross_fitted)
+        return cast(Tensor, uncompiled(z, z_turned, chunks, special))
+    return _cross_fitted(z, z_turned, chunks, special)
+
+
 def uniformity_loss(z: Tensor, *, t: float = 2.0) -> Tensor:
     r"""Measure how evenly embeddings spread over the sphere; lower is more even.
 
@@ -299,6 +373,77 @@ def _contrast(positive: Tensor, negative: Tensor) -> Tensor:
     """Return the loss, from the score of the positive and the log of the sum over negatives."""
     # Not F.softplus: it drops e^-20 = 2e-9 beyond its threshold, a relative 1e-10.
     return -F.logsigmoid(positive - negative)
+
+
+def _cross_fitted(z: Tensor, z_turned: Tensor, chunks: int | Tensor, special: bool) -> Tensor:
+    """Return the rows of `z`, each moved by the rotation that fits the other half of its chunk."""
+    n, d = z.shape[-2:]
+    order, stacks = _layout_to_fit(chunks, n)
+    _warn_of_few_rows(stacks[-1][1] // 2, d)
+    u, v = (_exact_unit_rows(x) for x in savable(z, z_turned))
+    parts: list[Tensor] = []
+    places: list[Tensor] = []
+    for fitted, moved in _chunks.halves(order, stacks, n, z.device):
+        source, target = (_rows_at(x, fitted) for x in (u, v))
+        with without_autocast(z):
+            rotation = fit_rotation(source, target, special=special).rotation
+            parts.append((_rows_at(u, moved) @ rotation).flatten(-3, -2))
+        places.append(moved.flatten())
+    back = torch.cat(places).argsort()
+    return torch.cat(parts, -2).index_select(-2, back).to(computed_in(z))
+
+
+def _rows_at(x: Tensor, numbers: Tensor) -> Tensor:
+    """Return the rows `(*, k, m, D)` of `x` `(*, N, D)` that have the numbers `(k, m)`."""
+    rows: Tensor = x.index_select(-2, numbers.flatten()).unflatten(-2, numbers.shape)
+    return rows
+
+
+def _layout_to_fit(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
+    """Return the order and the stacks of chunks of at least four rows, which hold all `n` rows."""
+    if not isinstance(chunks, Tensor):
+        order, stacks = None, _chunks.stack_sizes(chunks, n)
+    else:
+        try:
+            order, stacks = _chunks.layout_of_ids(chunks.detach().cpu())
+        except RuntimeError as error:
+            raise ValueError(
+                "`chunks` given as ids must have values that can be read, got ids under a "
+                "transform of torch.func, or on a device without memory: pass an int, or keep the "
+                "ids out of the transform."
+            ) from error
+    # Long chunks come first. Rows that are in none have ids that are unique.
+    shortest = stacks[-1][1] if sum(k * m for k, m in stacks) == n else 1
+    if shortest < 4:
+        ids = " Ids are those of chunks, not of samples." if isinstance(chunks, Tensor) else ""
+        raise ValueError(
+            f"`chunks` must form chunks of at least four rows, got one of {shortest} among {n} "
+            "rows: each half of a chunk needs two rows, to fit the rotation of the other. Use "
+            f"fewer chunks, and leave out short last batches with drop_last=True.{ids}"
+        )
+    return order, stacks
+
+
+def _warn_of_few_rows(rows: int, d: int) -> None:
+    """Warn, once per process, where rotations are fitted to too few rows to predict others."""
+    if rows >= min(d, MIN_ROWS_TO_FIT) or _warned or torch.compiler.is_compiling():
+        return
+    warnings.warn(
+        f"the halves of chunks should have {min(d, MIN_ROWS_TO_FIT)} rows or more for embeddings "
+        f"of dimension {d}, got {rows}: rotations fitted to fewer may predict nothing of the other "
+        "rows, and the embedding then learns to ignore the augmentation. Use fewer chunks, a "
+        "larger batch, or a smaller head.",
+        stacklevel=4,
+    )
+    _warned.add("few rows")
+
+
+def _share_explained(z: Tensor, z_turned: Tensor, prediction: Tensor) -> Tensor:
+    """Return the share `()` of the displacement that a prediction explains, without gradient."""
+    # Rounded as the prediction is: it equals the unit rows exactly where nothing moves.
+    u, v = (_exact_unit_rows(x.detach()).to(prediction.dtype) for x in (z, z_turned))
+    missed, moved = ((x - v).square().sum() for x in (prediction.detach(), u))
+    return 1 - missed / moved
 
 
 def _gap_of_chunks(

@@ -11,9 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from care_loss import _checks, _chunks, distributed
+from care_loss import _checks, _chunks, distributed, functional
 from care_loss._checks import show
-from care_loss.functional import Reduction, Scale, equivariance_loss, info_nce_loss
+from care_loss.functional import (
+    Reduction,
+    Scale,
+    cross_fitted,
+    equivariance_loss,
+    info_nce_loss,
+)
 
 _TEMPERATURE = 0.5
 _WEIGHT = 10.0  # on the scale "mean"
@@ -297,6 +303,138 @@ class CAREloss(nn.Module):
 
     def extra_repr(self) -> str:
         names = ["equivariance_weight", "chunks", "shared_views", "scale"]
+        if self.base_loss is None:
+            names = ["temperature", *names, "gather_distributed"]
+        elif not isinstance(self.base_loss, nn.Module):  # a module is printed as a child
+            names.append("base_loss")
+        return _arguments(self, *names)
+
+
+class RotationContrastComponents(NamedTuple):
+    r"""The loss of rotations, and what they explain, each `()`.
+
+    Attributes:
+        loss: The loss to call `backward` on.
+        share: The share of the displacement of the unit rows that the rotations explain, held out:
+            :math:`1 - \sum_i \lVert p_i - v_i \rVert^2 / \sum_i \lVert u_i - v_i \rVert^2`, at most
+            1. It is negative if they do worse than the identity, NaN if nothing moves, and has no
+            gradient. In several processes, it is that of this one.
+    """
+
+    loss: Tensor
+    share: Tensor
+
+
+class RotationContrastLoss(nn.Module):
+    r"""Contrast turned embeddings with their predictions by rotations that fit other rows.
+
+    .. math:: L = L_{InfoNCE}(p, z_{turned})
+
+    Each chunk of rows shares one augmentation. The prediction :math:`p_i` is the unit row of `z`
+    under the rotation that fits the other half of its chunk
+    (:func:`care_loss.functional.cross_fitted`). A step needs two forwards, of an ordinary view, and
+    of a view of the same images under ordinary augmentations and a shared one. The embedding learns
+    to ignore the ordinary augmentations, and to rotate with the shared one; there is no weight to
+    choose.
+
+    Each half of a chunk needs as many rows as the embedding has dimensions, or 32: otherwise the
+    first call gives a warning.
+
+    Args:
+        temperature: The temperature of InfoNCE, > 0: a number, or an `nn.Parameter` `()` to learn
+            it, as in :class:`InfoNCELoss`. If `base_loss` is given, leave it out: any value but the
+            default is an error.
+        chunks: The number of contiguous chunks to cut a batch into, >= 1, for calls without
+            `chunks`. A batch too small for chunks of four rows is an error.
+        special: Fit over SO(D), the rotations of determinant +1, instead of O(D).
+        base_loss: A callable `(prediction, z_turned) -> scalar` that takes the place of InfoNCE. It
+            gets unit rows as predictions, and `z_turned` without normalisation, in the dtype of the
+            predictions (float32 for half types).
+        gather_distributed: Contrast with the rows of all processes, as in :class:`InfoNCELoss`. The
+            fits need no gathering, because all rows of a chunk are on one process.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described, here or in a call.
+
+    Example:
+        >>> import torch
+        >>> from care_loss.views import augment_chunks
+        >>> encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8))
+        >>> def noise(images):  # to be ignored
+        ...     return images + 0.1 * torch.randn_like(images)
+        >>> def turn(images):  # one order of the channels for all images of a call
+        ...     return images[:, torch.randperm(3)]
+        >>> images = torch.rand(64, 3, 4, 4)
+        >>> turned, chunks = augment_chunks(noise(images), turn, chunks=4)
+        >>> loss = RotationContrastLoss(temperature=0.5)
+        >>> loss(encoder(noise(images)), encoder(turned), chunks=chunks).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = _TEMPERATURE,
+        chunks: int | None = None,
+        special: bool = True,
+        base_loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        temperature = _as_temperature(temperature)
+        gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
+        is_default = not isinstance(temperature, Tensor) and temperature == _TEMPERATURE
+        _check_base_loss(base_loss, gather_distributed, is_default)
+        self.temperature = temperature
+        self.chunks = None if chunks is None else _checks.as_chunk_count(chunks)
+        self.special = _checks.as_boolean("special", special)
+        self.base_loss = base_loss
+        self.gather_distributed = gather_distributed
+
+    def forward(self, z: Tensor, z_turned: Tensor, *, chunks: int | Tensor | None = None) -> Tensor:
+        """Return the loss `()`, the first of :meth:`forward_components`."""
+        return self.forward_components(z, z_turned, chunks=chunks).loss
+
+    def forward_components(
+        self, z: Tensor, z_turned: Tensor, *, chunks: int | Tensor | None = None
+    ) -> RotationContrastComponents:
+        """Return the loss, and the share of the displacement that the rotations explain.
+
+        Args:
+            z: Embeddings of the ordinary view, `(N, D)`.
+            z_turned: Embeddings of the chunk-shared view of the same images, `(N, D)`.
+            chunks: The number of chunks or the ids `(N,)` that the views returned. They take the
+                place of the constructor's `chunks` for this batch.
+        """
+        refused: Exception | None = None
+        try:
+            prediction = self._prediction(z, z_turned, chunks)
+        except (TypeError, ValueError) as error:
+            if not self.gather_distributed:
+                raise
+            prediction, refused = z, error
+
+        def also() -> None:
+            """Refuse, where all processes hear of it, what this one has refused."""
+            if refused is not None:
+                raise refused
+
+        turned = z_turned if refused else z_turned.to(prediction.dtype)
+        if self.base_loss is None:
+            gather = self.gather_distributed
+            loss = _info_nce(prediction, turned, self.temperature, "mean", gather, also)
+        else:
+            loss = _as_scalar(self.base_loss(prediction, turned))
+        share = functional._share_explained(z, z_turned, prediction)
+        return RotationContrastComponents(loss, share)
+
+    def _prediction(self, z: Tensor, z_turned: Tensor, chunks: int | Tensor | None) -> Tensor:
+        _checks.check_embeddings(leading=False, z=z, z_turned=z_turned)
+        chunks = _as_chunks_of_call(chunks, self.chunks)
+        return cross_fitted(z, z_turned, chunks=chunks, special=self.special)
+
+    def extra_repr(self) -> str:
+        names = ["chunks", "special"]
         if self.base_loss is None:
             names = ["temperature", *names, "gather_distributed"]
         elif not isinstance(self.base_loss, nn.Module):  # a module is printed as a child

@@ -4,13 +4,23 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss, functional, metrics, rotation, sphere
+from care_loss import (
+    CAREloss,
+    EquivarianceLoss,
+    InfoNCELoss,
+    RotationContrastLoss,
+    functional,
+    metrics,
+    rotation,
+    sphere,
+)
 from care_loss.views import augment_chunks, shared_views
 
 Z1, Z2, Z3, Z4 = torch.randn(4, 12, 4, generator=torch.Generator().manual_seed(0))
 UNIT = [sphere.normalize(z) for z in (Z1, Z2)]
 T = torch.tensor(0.3)
 IDS = torch.arange(12) % 5
+LONG = torch.arange(12) % 2 * 7  # ids of chunks of six rows
 WEIGHTS = torch.rand(12, generator=torch.Generator().manual_seed(0))
 R = rotation.nearest_orthogonal(Z1[:4], special=True)
 CIRCLE = torch.linalg.matrix_exp(
@@ -29,6 +39,11 @@ CALLS = {
     ),
     "equivariance": (lambda x, y: functional.equivariance_loss(x, y, chunks=3), Z1, Z2),
     "ids": (lambda x, y, ids: functional.equivariance_loss(x, y, chunks=ids), Z1, Z2, IDS),
+    "cross_fitted": (lambda x, y: functional.cross_fitted(x, y, chunks=1), Z1, Z2),
+    "cross_fitted, ids": (
+        lambda x, y, ids: functional.cross_fitted(x[:, :3], y[:, :3], chunks=ids),
+        *(Z1, Z2, LONG),
+    ),
     "uniformity": (functional.uniformity_loss, Z1),
     "alignment": (functional.alignment_loss, Z1, Z2),
     "CAREloss": (CAREloss(chunks=3), Z1, Z2, Z3, Z4),
@@ -37,6 +52,7 @@ CALLS = {
         lambda x, y, t: functional_call(InfoNCELoss(nn.Parameter(T)), {"temperature": t}, (x, y)),
         *(Z1, Z2, T),
     ),
+    "RotationContrastLoss": (RotationContrastLoss(chunks=1).forward_components, Z1, Z2),
     "EquivarianceLoss": (EquivarianceLoss(3), Z1, Z2),
     "fit_rotation": (rotation.fit_rotation, Z1, Z2),
     "fit_rotation, few rows": (rotation.fit_rotation, Z1[:2], Z2[:2]),

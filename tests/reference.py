@@ -111,6 +111,19 @@ def fit_rotation(x, y, w, special=False, eta=0.0):
     return nearest_orthogonal(m + eta * np.linalg.norm(m) * np.eye(len(m)), special)
 
 
+def cross_fitted(z, z_turned, ids, special=True):
+    """Each unit row under the map that fits the other half of the rows with its id."""
+    u, v = unit(z), unit(z_turned)
+    result = np.empty_like(u)
+    for chunk in np.unique(ids):
+        (rows,) = np.nonzero(np.asarray(ids) == chunk)
+        for half, other in ((rows[::2], rows[1::2]), (rows[1::2], rows[::2])):
+            rotation = fit_rotation(u[other], v[other], np.ones(len(other)), special)
+            for i in half:
+                result[i] = u[i] @ rotation
+    return result
+
+
 def fit_similarity(x, y, w, special=False, scaled=True):
     """The rotation, scale and translation from the rows of x to those of y (Umeyama, 1991)."""
     mean_x = sum(weight * row for row, weight in zip(x, w, strict=True)) / sum(w)

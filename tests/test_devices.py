@@ -15,7 +15,11 @@ from calls import CALLS, results
 from care_loss import metrics
 from care_loss.views import SharedAugmentCollate
 
-STAY = {"ids": 2, "shared_views, ids": 1}  # arguments that may be on the CPU, by place
+STAY = {
+    "ids": 2,
+    "cross_fitted, ids": 2,
+    "shared_views, ids": 1,
+}  # arguments that may be on the CPU, by place
 
 
 @pytest.mark.parametrize("name", CALLS)

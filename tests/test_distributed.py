@@ -6,7 +6,7 @@ import torch.distributed as dist
 from processes import CHUNKS, DIM, LOSSES, ROWS, WRONG, gradient_of, images, network
 from torch.nn.parallel import DistributedDataParallel
 
-from care_loss import CAREloss, InfoNCELoss, distributed
+from care_loss import CAREloss, InfoNCELoss, RotationContrastLoss, distributed
 from care_loss.distributed import all_gather, assert_seeds_differ
 from care_loss.functional import info_nce_loss
 
@@ -154,6 +154,26 @@ def training_with_a_learned_temperature(rank, world):
 
 def test_a_module_with_a_learned_temperature_is_trained_as_in_one_process(two):
     two.run(training_with_a_learned_temperature)
+
+
+def contrast_of_rotations(rank, world):
+    """The gradient of a model, and the loss, in several processes and in one with all chunks."""
+    parts = images(2, [3 * ROWS] * world, torch.float64)
+    one, several = network(torch.float64), DistributedDataParallel(network(torch.float64))
+    found = []
+    for model, x, chunks, gather in (
+        (one, torch.cat(parts, 1), world * CHUNKS, False),
+        (several, parts[rank], CHUNKS, True),
+    ):
+        z, turned = model(x.flatten(0, 1)).chunk(2)
+        loss = RotationContrastLoss(chunks=chunks, gather_distributed=gather)(z, turned)
+        loss.backward()
+        found.append((loss.detach(), *(p.grad for p in model.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+
+def test_the_contrast_of_rotations_is_that_of_one_process(two):
+    two.run(contrast_of_rotations)
 
 
 def weighted(rank, world):

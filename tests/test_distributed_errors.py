@@ -13,7 +13,7 @@ from processes import (
     ROWS,
 )
 
-from care_loss import CAREloss, InfoNCELoss, distributed
+from care_loss import CAREloss, InfoNCELoss, RotationContrastLoss, distributed
 from care_loss.distributed import all_gather
 
 pytestmark = pytest.mark.xdist_group("processes")  # which start once
@@ -50,7 +50,9 @@ def only_on(place, rank, wrong, right):
 def refusals(rank, world):
     """What one process refuses must be an error on all, which names it and says the fault."""
     eight, last = torch.randn(4, 8, 6), world - 1
+    narrow = eight[:2, :, :4]  # of as many dimensions as half of the rows
     care = CAREloss(gather_distributed=True, chunks=2)
+    rotations = RotationContrastLoss(gather_distributed=True)
     two_views = CAREloss(gather_distributed=True, shared_views=True)
 
     def one(wrong, right):
@@ -75,6 +77,14 @@ def refusals(rank, world):
         "ids without a pair": (
             lambda: two_views(eight[0], eight[1], chunks=one(ids, ids // 2)),
             "`chunks`",
+        ),
+        "few rows to fit": (
+            lambda: rotations(*narrow, chunks=one(3, 1)),
+            "`chunks` must form chunks of at least four rows, got one of 2 among 8 rows",
+        ),
+        "other lengths to fit": (
+            lambda: rotations(narrow[0], one(narrow[1, :5], narrow[1]), chunks=1),
+            "`z` and `z_turned` must have the same shape",
         ),
         "no chunks": (lambda: two_views(eight[0], eight[1], chunks=one(None, 2)), "`chunks`"),
         "views missing": (lambda: care(*one(eight[:2], eight)), "shared_views=True"),

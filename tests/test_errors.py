@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
+from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss, RotationContrastLoss
 from care_loss.functional import (
     alignment_loss,
+    cross_fitted,
     equivariance_loss,
     info_nce_loss,
     uniformity_loss,
@@ -28,6 +29,9 @@ PAIR_LOSSES = {
     "EquivarianceLoss": EquivarianceLoss(2),
     "CAREloss": CAREloss(chunks=2, shared_views=True),
     "CAREloss, gathering": CAREloss(chunks=2, shared_views=True, gather_distributed=True),
+    "cross_fitted": partial(cross_fitted, chunks=1),
+    "RotationContrastLoss": RotationContrastLoss(chunks=1),
+    "RotationContrastLoss, gathering": RotationContrastLoss(chunks=1, gather_distributed=True),
 }
 PAIRS = {
     "shapes that differ": (Z, Z[:7], "same shape, got torch.float32 of shape (8, 4) on cpu and"),
@@ -138,6 +142,9 @@ def test_bad_numbers_of_chunks(chunks, sentence):
         lambda: CAREloss(chunks=chunks),
         lambda: SharedAugmentCollate(nothing, chunks=chunks),
         lambda: shared_views(Z, nothing, chunks=chunks),
+        lambda: cross_fitted(Z, Z, chunks=chunks),
+        lambda: RotationContrastLoss(chunks=chunks),
+        lambda: RotationContrastLoss(chunks=1)(Z, Z, chunks=chunks),
     ):
         assert_refused(call, sentence)
     assert_refused(lambda: EquivarianceLoss(2)(Z, Z, chunks=chunks), sentence)
@@ -151,12 +158,59 @@ def test_bad_ids(ids, sentence):
         lambda: EquivarianceLoss(2)(Z, Z, chunks=ids),
         lambda: CAREloss(chunks=2)(Z, Z, Z, Z, chunks=ids),
         lambda: shared_views(Z, nothing, chunks=ids),
+        lambda: cross_fitted(Z, Z, chunks=ids),
+        lambda: RotationContrastLoss()(Z, Z, chunks=ids),
     ):
         assert_refused(call, sentence)
 
 
+def test_chunks_of_fewer_than_four_rows_to_fit():
+    loss = RotationContrastLoss()
+    for chunks, shortest in (
+        (3, 2),
+        (100, 2),
+        (torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), 3),
+        (torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]), 1),
+        (torch.arange(8), 1),
+    ):
+        sentence = (
+            f"`chunks` must form chunks of at least four rows, got one of {shortest} among 8 rows: "
+            "each half of a chunk needs two rows"
+        )
+        for call in (
+            lambda c=chunks: cross_fitted(Z, Z, chunks=c),
+            lambda c=chunks: loss(Z, Z, chunks=c),
+        ):
+            assert_refused(call, sentence)
+            if isinstance(chunks, torch.Tensor):
+                assert_refused(call, "Ids are those of chunks, not of samples.")
+
+
+def test_ids_of_rows_to_fit_are_read():
+    ids = torch.arange(8).expand(3, 8) // 4
+    z = Z.expand(3, 8, 4)
+    call = torch.func.vmap(lambda x, c: cross_fitted(x, x, chunks=c))
+    assert_refused(lambda: call(z, ids), "values that can be read, got ids under a transform")
+
+
+def test_settings_of_the_contrast_of_rotations():
+    for word in ("false", None, 1):
+        assert_refused(lambda w=word: cross_fitted(Z, Z, chunks=1, special=w), "True or False")
+        assert_refused(lambda w=word: RotationContrastLoss(special=w), "True or False, got")
+    assert_refused(lambda: RotationContrastLoss()(Z, Z), "`chunks` must be given in the call or in")
+    assert_refused(lambda: RotationContrastLoss(temperature=0), "a finite number > 0, got int 0")
+    sentence = "`temperature` must be left out when `base_loss` is given"
+    call = partial(RotationContrastLoss, base_loss=alignment_loss)
+    assert_refused(lambda: call(temperature=0.2), sentence)
+    sentence = "`gather_distributed` must be False when `base_loss` is given"
+    assert_refused(lambda: call(gather_distributed=True), sentence)
+    assert_refused(lambda: call(base_loss=0.5), "must be an instance of a loss module or another")
+    loss = RotationContrastLoss(chunks=1, base_loss=lambda p, e: p)
+    assert_refused(lambda: loss(Z, Z), "return a scalar tensor, got torch.float32 of shape (8, 4)")
+
+
 def test_constructors_take_a_number_of_chunks_and_no_ids():
-    for module in (EquivarianceLoss, CAREloss):
+    for module in (EquivarianceLoss, CAREloss, RotationContrastLoss):
         assert_refused(lambda module=module: module(chunks=torch.arange(8)), "got torch.int64")
 
 

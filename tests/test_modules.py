@@ -12,8 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss
-from care_loss.functional import alignment_loss, equivariance_loss, info_nce_loss
+from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss, RotationContrastLoss
+from care_loss.functional import (
+    alignment_loss,
+    cross_fitted,
+    equivariance_loss,
+    info_nce_loss,
+)
 
 MODULES = [
     InfoNCELoss(0.07, reduction="none"),
@@ -22,6 +27,8 @@ MODULES = [
         temperature=0.07, equivariance_weight=1.5, chunks=7, shared_views=True, scale="authors"
     ),
     CAREloss(chunks=2, shared_views=True, base_loss=alignment_loss),
+    RotationContrastLoss(temperature=0.07, chunks=1, special=False),
+    RotationContrastLoss(chunks=1, base_loss=alignment_loss),
 ]
 every_module = pytest.mark.parametrize("module", MODULES, ids=lambda m: type(m).__name__)
 
@@ -46,6 +53,8 @@ def defaults(callable_):
         (EquivarianceLoss, equivariance_loss),
         (CAREloss, info_nce_loss),
         (CAREloss, equivariance_loss),
+        (RotationContrastLoss, info_nce_loss),
+        (RotationContrastLoss, cross_fitted),
     ],
 )
 def test_defaults_are_those_of_the_functions(module, function):
@@ -81,6 +90,10 @@ def test_signatures_are_the_published_ones():
     assert CAREloss(chunks=2, shared_views=True).forward_components(
         *torch.eye(4).expand(2, 4, 4)
     )._fields == ("loss", "base", "equivariance")
+    settings = "temperature: chunks: special: base_loss: gather_distributed:"
+    assert words(RotationContrastLoss) == settings
+    assert words(RotationContrastLoss.forward) == "self z z_turned chunks:"
+    assert words(cross_fitted) == "z z_turned chunks: special:"
     assert words(InfoNCELoss) == "temperature reduction: gather_distributed:"
     assert words(EquivarianceLoss) == "chunks scale: reduction:"
     assert words(EquivarianceLoss.forward) == "self z1 z2 chunks:"
