@@ -244,7 +244,12 @@ def bound() -> Table:
     return table
 
 
-T_QUANTILE = {4: 2.776}  # of Student's distribution for 95 %, by degrees of freedom
+T_QUANTILE = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+}  # of Student's distribution for 95 %, by degrees of freedom
 
 
 def mean_and_interval(values: list[float]) -> str:
@@ -394,6 +399,45 @@ def probes_of(name: str) -> Table:
     return over_seeds(experiment(name), columns, "arm", show=rounded)
 
 
+def several(*figures: str) -> Table:
+    """Figures of the hue, the rotation and both in succession, and those of the embedding."""
+    names = {"gap ratio": "gap_ratio", "above chance": "share_above_chance"}
+    names |= {"displacement": "displacement"}
+    columns = {
+        f"{change}: {name}": f"{change}, {names[name]}"
+        for name in figures
+        for change in ("hue", "rotation", "both")
+    }
+    return over_seeds(experiment("several"), columns, "arm", show=rounded)
+
+
+def several_embeddings() -> Table:
+    columns = {"rank": "effective_rank", "mean norm": "mean_norm", "kNN": "kNN"}
+    return over_seeds(experiment("several"), columns, "arm", "forwards", show=rounded)
+
+
+def several_products() -> Table:
+    columns = {"fitted to both": "fitted", "product": "product", "other order": "swapped"}
+    columns |= {"product of other draws": "others"}
+    return over_seeds(experiment("several"), columns, "arm", show=rounded)
+
+
+def several_against_controls() -> Table:
+    """The difference of an arm and each control, paired by seed."""
+    found = {(row["arm"], row["seed"]): row for row in experiment("several")}
+    table = [
+        ["arm", "minus", "hue: gap ratio", "rotation: gap ratio", "both: gap ratio", "product"]
+    ]
+    columns = [f"{change}, gap_ratio" for change in ("hue", "rotation", "both")] + ["product"]
+    for arm in ("separate views", "composed view"):
+        for control in (f"placebo of {arm}", "SimCLR without both"):
+            seeds = [seed for name, seed in found if name == arm]
+            pairs = [(found[arm, seed], found[control, seed]) for seed in seeds]
+            differences = [[float(x[c]) - float(y[c]) for x, y in pairs] for c in columns]
+            table.append([arm, control, *map(mean_and_interval, differences)])
+    return table
+
+
 GROUPS = ("clouds", "sprites", "hues", "molecules", "proteins")
 OF_SPACE = ("clouds", "molecules", "proteins")
 MAX_PROBED_IMAGES = ("orientations", "similarities")
@@ -500,6 +544,11 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},
     **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in MAX_PROBED_IMAGES},
     "similarities-longer": partial(probes_of, "longer/probe-similarities"),
+    "several-gaps": partial(several, "gap ratio"),
+    "several-shares": partial(several, "above chance", "displacement"),
+    "several-embeddings": several_embeddings,
+    "several-products": several_products,
+    "several-controls": several_against_controls,
     "theory-bound": bound,
     "theory-descent": lambda: over_seeds(
         experiment("theory", part="descent"),

@@ -338,3 +338,32 @@ def test_the_bound_of_the_guide_keeps_a_gradient():
     parts.loss.backward()
     torch.optim.SGD([log_scale], lr=1e-3).step()
     assert log_scale < 4.6  # log 100 is 4.605
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_the_loss_of_several_groups_and_its_gradient_are_the_sum_of_their_parts(groups, device):
+    views = torch.randn(2 + groups, 24, 6, dtype=torch.float64, device=device)
+    z1, z2, *turned = (view.requires_grad_() for view in views)
+    chunks = [4, torch.arange(24, device=device) % 3, 7][:groups]
+    weights = [10.0, 3.0, 0.5][:groups]
+    loss = InfoNCELoss()(z1, z2)
+    for e, cut, weight in zip(turned, chunks, weights, strict=True):
+        loss = loss + weight * EquivarianceLoss()(z1, e, chunks=cut)
+    found = torch.autograd.grad(loss, [z1, z2, *turned])
+
+    base = info_nce_loss(z1, z2)
+    first, second = torch.autograd.grad(base, [z1, z2])
+    value, expected = base, []
+    for e, cut, weight in zip(turned, chunks, weights, strict=True):
+        part = equivariance_loss(z1, e, chunks=cut)
+        of_z1, of_e = torch.autograd.grad(part, [z1, e])
+        value, first = value + weight * part, first + weight * of_z1
+        expected.append(weight * of_e)
+    torch.testing.assert_close(loss, value)
+    torch.testing.assert_close(found, (first, second, *expected))
+
+    # CAREloss has room for one group; a loss for each of the others is added to it.
+    care = CAREloss(equivariance_weight=weights[0])(z1, z2, z1, turned[0], chunks=chunks[0])
+    for e, cut, weight in zip(turned[1:], chunks[1:], weights[1:], strict=True):
+        care = care + weight * EquivarianceLoss()(z1, e, chunks=cut)
+    torch.testing.assert_close(care, loss)

@@ -49,6 +49,28 @@ def test_not_zero_when_each_chunk_has_a_map_of_its_own_and_is_taken_for_one(z, s
     assert equivariance_loss(*views).item() == pytest.approx(gap, rel=1e-9)
 
 
+@given(embeddings(), chunk_counts, seeds, booleans)
+def test_two_shared_augmentations_in_one_view_are_one(z, chunks, seed, reflect):
+    composed = rotated_by_chunk(rotated_by_chunk(z, chunks, seed, reflect), chunks, seed + 9, False)
+    assert equivariance_loss(z, composed, chunks=chunks) < 1e-28
+
+
+@given(embeddings(min_n=18), st.integers(2, 4), seeds)
+def test_a_composition_is_shared_by_the_rows_that_share_both_draws(z, chunks, seed):
+    first, second = torch.arange(len(z)) % chunks, torch.arange(len(z)) // (2 * chunks)
+    composed = z
+    for number, ids in enumerate((first, second)):
+        maps = [orthogonal(z.shape[-1], seed + 100 * number + k) for k in range(int(ids.max()) + 1)]
+        composed = (composed.unsqueeze(-2) @ torch.stack(maps)[ids]).squeeze(-2)
+    shared = len(z) * first + second
+    assert equivariance_loss(z, composed, chunks=shared) < 1e-28
+    # Rows of one chunk of the first have seen different draws of the second.
+    u, v = (normalize(view) for view in (z, composed))
+    same = (first == first[:, None]) & ~torch.eye(len(z), dtype=torch.bool)
+    assume((u @ u.mT - v @ v.mT)[same].abs().max() > 1e-6)
+    assert equivariance_loss(z, composed, chunks=first) > 1e-14
+
+
 @given(embeddings(count=2))
 def test_zero_exactly_when_one_orthogonal_map_relates_the_views(pair):
     # With r the residual of the best orthogonal map and g the norm of the Gram difference,

@@ -22,7 +22,7 @@ from care_loss.views import augment_chunks, shared_views
 
 Row = dict[str, str]
 Transform = Callable[[Tensor], Tensor]
-BATCH, CHUNKS, DIM, WEIGHT = 256, 8, 16, 10.0
+BATCH, CHUNKS, DIM, WEIGHT, RATE = 256, 8, 16, 10.0, 2e-3
 COMPARED = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
 COMPARED += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
 FIGURES = ("gap_ratio", "shared_gap", "unshared_gap", "rotation_share", "linear_share")
@@ -128,11 +128,11 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
     }
 
 
-def train(arm: Arm, group: Group, encoder: nn.Module, steps: int) -> None:
+def train(arm: Arm, group: Group, encoder: nn.Module, steps: int, rate: float = RATE) -> None:
     """Train in place. All arms see as many images as `steps` steps of three forwards."""
     steps = max(1, 3 * steps // arm.forwards)
     optimizer = torch.optim.AdamW(encoder.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
     for _ in range(steps):
         loss = arm.loss(encoder, group.batch(BATCH))
         optimizer.zero_grad()
@@ -142,7 +142,13 @@ def train(arm: Arm, group: Group, encoder: nn.Module, steps: int) -> None:
 
 
 def trained(
-    group: Group, runs: list[tuple[str, float]], seed: int, steps: int, dim: int = DIM
+    group: Group,
+    runs: list[tuple[str, float]],
+    seed: int,
+    steps: int,
+    dim: int = DIM,
+    make_arms: Callable[[Group, float], dict[str, Arm]] = arms,
+    rate: float = RATE,
 ) -> Iterator[tuple[dict[str, object], nn.Module]]:
     """Yield the untrained encoder, and one for each arm and weight, with what a row says of it."""
     untrained = group.network(dim)
@@ -152,8 +158,8 @@ def trained(
     yield {"arm": "untrained", "weight": "", "forwards": ""}, deepcopy(untrained)
     for name, weight in tqdm(runs, desc="arms", leave=False):
         torch.manual_seed(seed)
-        encoder, arm = deepcopy(untrained), arms(group, weight)[name]
-        train(arm, group, encoder, steps)
+        encoder, arm = deepcopy(untrained), make_arms(group, weight)[name]
+        train(arm, group, encoder, steps, rate)
         yield {"arm": name, "weight": weight, "forwards": arm.forwards}, encoder
 
 
@@ -192,12 +198,15 @@ def measured(
     steps: int,
     dim: int = DIM,
     weight: float = WEIGHT,
+    make_arms: Callable[[Group, float], dict[str, Arm]] = arms,
+    rate: float = RATE,
 ) -> list[dict[str, object]]:
     """Train arms with one weight; return a row of measures for each, and for no training."""
     torch.manual_seed(seed)
     group = make()
     rows = []
-    for row, encoder in trained(group, [(name, weight) for name in names], seed, steps, dim):
+    runs = [(name, weight) for name in names]
+    for row, encoder in trained(group, runs, seed, steps, dim, make_arms, rate):
         torch.manual_seed(seed)  # all are measured with the same draws
         for measure_of in measures:
             row |= measure_of(encoder, group)
@@ -208,7 +217,7 @@ def measured(
 def colour(arm: str) -> str:
     if arm.startswith("placebo"):
         return "C1"
-    return "C0" if arm in ("apart", "uniform") else "C5"
+    return "C0" if arm in ("apart", "uniform", "separate views", "composed view") else "C5"
 
 
 def draw_arms(ax: Axes, rows: list[Row], figure: str, *, chance: float) -> None:

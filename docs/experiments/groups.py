@@ -136,14 +136,25 @@ def draw_shapes(size: int, **options: object) -> tuple[Tensor, ...]:
 
 def pose(images: Tensor) -> Tensor:
     """Return the angle, the logarithm of the scale, x and y of each image `(n, 4)`."""
-    return images[:, 1, 0, :4]
+    return images[:, -1, 0, :4]
 
 
 def move(images: Tensor, by: Tensor) -> Tensor:
     """Add to the poses of images, the same to all `(1, 4)`, or to each its own `(n, 4)`."""
     moved = images.clone()
-    moved[:, 1, 0, :4] += by.to(images)
+    moved[:, -1, 0, :4] += by.to(images)
     return moved
+
+
+def draw(images: Tensor, size: int) -> Tensor:
+    """Draw images `(n, C + 1, H, W)` in their poses, as pictures `(n, C, size, size)`."""
+    angle, log_scale, x, y = pose(images).unbind(-1)
+    # A grid says where in the upright image a point of the picture is, so the pose is inverted.
+    c, s = torch.stack((angle.cos(), angle.sin())) * torch.exp(-log_scale)
+    matrix = torch.stack((c, -s, s * y - c * x, s, c, -s * x - c * y), -1).view(-1, 2, 3)
+    upright = images[:, :-1]
+    grid = F.affine_grid(matrix, [*upright.shape[:2], size, size], align_corners=False)
+    return F.grid_sample(upright, grid, align_corners=False)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -168,14 +179,7 @@ class ConvNet(nn.Sequential):
         super().__init__(*layers, nn.Linear(o, dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        angle, log_scale, x, y = pose(images).unbind(-1)
-        # A grid says where in the upright shape a point of the picture is, so the pose is inverted.
-        c, s = torch.stack((angle.cos(), angle.sin())) * torch.exp(-log_scale)
-        matrix = torch.stack((c, -s, s * y - c * x, s, c, -s * x - c * y), -1).view(-1, 2, 3)
-        shapes = images[:, :1]
-        grid = F.affine_grid(matrix, list(shapes.shape), align_corners=False)
-        drawn = F.grid_sample(shapes, grid, align_corners=False)
-        z: Tensor = super().forward(F.adaptive_avg_pool2d(drawn, SEEN))
+        z: Tensor = super().forward(F.adaptive_avg_pool2d(draw(images, images.shape[-1]), SEEN))
         return z
 
 
