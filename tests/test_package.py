@@ -15,7 +15,7 @@ PACKAGE = Path(care_loss.__file__).parent
 ROOT = Path(__file__).parent.parent
 # A module imports from layers below its own only; the lowest come first.
 LAYERS = (
-    ("_checks", "_chunks", "_rng", "_numerics", "recipes"),
+    ("_characters", "_checks", "_chunks", "_rng", "_numerics", "recipes"),
     ("_polar", "_report_checks", "_view_checks"),
     ("_autograd.__init__", "_autograd.paths", "_autograd.unit_rows"),
     ("_autograd.gram_gap", "_autograd.info_nce", "rotation", "sphere", "views"),
