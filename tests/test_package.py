@@ -19,7 +19,7 @@ LAYERS = (
     ("_polar", "_report_checks", "_view_checks"),
     ("_autograd.__init__", "_autograd.paths", "_autograd.unit_rows"),
     ("_autograd.gram_gap", "_autograd.info_nce", "rotation", "sphere", "views"),
-    ("functional", "metrics._sampling", "metrics._tables"),
+    ("actions", "functional", "metrics._sampling", "metrics._tables"),
     ("distributed", "metrics._measures"),
     ("metrics._frequencies", "metrics._report", "modules"),
     ("metrics._compare", "metrics._monitor"),
