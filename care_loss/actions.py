@@ -117,6 +117,7 @@ class CircleAction(nn.Module):
     multiplicity: Tensor
     explained: Tensor
     explained_free: Tensor
+    _units: Tensor
     _speeds: Tensor
 
     def __init__(self, basis: Tensor, multiplicity: Tensor | Sequence[int]) -> None:
@@ -132,8 +133,11 @@ class CircleAction(nn.Module):
         # Shapes depend on the multiplicities, which must be known without reading a tensor.
         self._frequencies = [k for k, m in enumerate(self._counts) if k and m]
         self._divisor = math.gcd(*self._frequencies) if self._frequencies else 1
-        speeds = torch.arange(len(counts), device=basis.device).repeat_interleave(counts)
-        self.register_buffer("_speeds", speeds[self._counts[0] :], persistent=False)
+        units = [k // self._divisor for k in self._frequencies]
+        speeds = [k for k in self._frequencies for _ in range(self._counts[k])]
+        for name, numbers in {"_units": units, "_speeds": speeds}.items():
+            whole = torch.tensor(numbers, dtype=torch.long, device=basis.device)
+            self.register_buffer(name, whole, persistent=False)
 
     def extra_repr(self) -> str:
         return f"dim={self.basis.shape[0]}, multiplicity={list(self._counts)}"
@@ -264,7 +268,7 @@ class CircleAction(nn.Module):
             found.append(b[..., i] * a[..., j] - a[..., i] * b[..., j])
         pairs = [(k, n) for k in c for n in c if k <= n and k + n in c] if order == 3 else []
         for k, n in pairs:
-            i, j = (x.flatten() for x in self._pairs(k, n, z.device))
+            i, j = self._pairs(k, n, z.device)
             (a, b), (p, q), (u, v) = c[k], c[n], c[k + n]
             a, b, p, q = a[..., i], b[..., i], p[..., j], q[..., j]
             real, imaginary = ((x.unsqueeze(-1)) for x in (a * p - b * q, a * q + b * p))
@@ -330,22 +334,22 @@ class CircleAction(nn.Module):
         return phase.cos(), phase.sin()
 
     def _parts(self, x: Tensor) -> dict[int, Tensor]:
-        fixed, turning = (x @ exact(self.basis)).tensor_split([self._counts[0]], -1)
+        y, fixed = x @ exact(self.basis), self._counts[0]
         sizes = [2 * self._counts[k] for k in self._frequencies]
-        blocks = turning.split(sizes, -1) if sizes else ()
-        parts = {0: fixed}
+        blocks = y[..., fixed:].split(sizes, -1) if sizes else ()
+        parts = {0: y[..., :fixed]}
         for k, block in zip(self._frequencies, blocks, strict=True):
             parts[k] = block.unflatten(-1, (self._counts[k], 2))
         return parts
 
     def _pairs(self, k: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the indices of all pairs of coordinates of two frequencies, each pair once."""
-        m = self._counts[k], self._counts[n]
+        first, second = self._counts[k], self._counts[n]
         if k == n:
-            i, j = torch.triu_indices(*m, device=device)
-        else:
-            i, j = torch.ones(m, device=device).nonzero(as_tuple=True)
-        return i, j
+            i, j = torch.triu_indices(first, first, device=device)
+            return i, j
+        each = torch.arange(first, device=device).repeat_interleave(second)
+        return each, torch.arange(second, device=device).repeat(first)
 
     def _pose(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
         """Return pose and gap as :meth:`pose` does, before they are rounded."""
@@ -368,9 +372,8 @@ class CircleAction(nn.Module):
             s.append((a * v - b * u).sum(-1))
         # In units of the divisor, the objective is Σ c_k cos kφ + s_k sin kφ.
         cos, sin = torch.stack(c, -1), torch.stack(s, -1)
-        units = [k // self._divisor for k in self._frequencies]
-        speed = torch.tensor(units, dtype=cos.dtype, device=cos.device)
-        angle, gap = _highest_peak(cos.detach(), sin.detach(), speed, units[-1])
+        speed, highest = self._units.to(cos), self._frequencies[-1] // self._divisor
+        angle, gap = _highest_peak(cos.detach(), sin.detach(), speed, highest)
         # A step of Newton's method from the optimum leaves it where it is, and has its derivative:
         # -(d slope) / curvature is that of the implicit function theorem.
         phase = angle.unsqueeze(-1) * speed

@@ -5,6 +5,7 @@ from torch import nn
 from torch.func import functional_call
 
 from care_loss import CAREloss, EquivarianceLoss, InfoNCELoss, functional, metrics, rotation, sphere
+from care_loss.actions import CircleAction
 from care_loss.views import augment_chunks, shared_views
 
 Z1, Z2, Z3, Z4 = torch.randn(4, 12, 4, generator=torch.Generator().manual_seed(0))
@@ -16,6 +17,12 @@ R = rotation.nearest_orthogonal(Z1[:4], special=True)
 CIRCLE = torch.linalg.matrix_exp(
     (2 * torch.pi / 8 * torch.arange(8.0))[:, None, None] * torch.tensor([[0.0, 1], [-1, 0]])
 )
+
+
+def action(basis):
+    """An action of the circle whose frequencies are 0, 1 and not 2."""
+    return CircleAction(basis, [2, 1])
+
 
 # Each call with the tensors that it is given. A tensor of one number may stay on the CPU.
 CALLS = {
@@ -53,6 +60,13 @@ CALLS = {
     "nearest_orthogonal": (rotation.nearest_orthogonal, Z1[:4]),
     "rotation_angles": (rotation.rotation_angles, R),
     "rotation_distance": (rotation.rotation_distance, R, R.mT),
+    "CircleAction.rotation": (lambda r, g: action(r).rotation(g), R, WEIGHTS),
+    "CircleAction.apply": (lambda r, x, g: action(r).apply(x, g), R, Z1, WEIGHTS),
+    "CircleAction.parts": (lambda r, x: list(action(r).parts(x).values()), R, Z1),
+    "CircleAction.pose": (lambda r, x, y: action(r).pose(x, y), R, Z1, Z2),
+    "CircleAction.invariants": (lambda r, x: action(r).invariants(x), R, Z1),
+    "CircleAction.canonical": (lambda r, x: action(r).canonical(x), R, Z1),
+    "CircleAction.interpolate": (lambda r, x, y: action(r).interpolate(x, y, 0.5), R, Z1, Z2),
     "normalize": (sphere.normalize, Z1),
     "geodesic_distance": (sphere.geodesic_distance, *UNIT),
     "slerp": (sphere.slerp, *UNIT, T),
