@@ -294,9 +294,7 @@ class CircleAction(nn.Module):
         """
         self._check_rows(z=z)
         x = exact(z)
-        coordinate = torch.zeros_like(self.basis[0], dtype=x.dtype)
-        coordinate[self._counts[0] :: 2] = 1
-        element, _ = self._pose(x, exact(self.basis) @ coordinate)
+        element, _ = self._pose(x, self._planes()[0].sum(-1).expand_as(x))
         return self.apply(x, element.nan_to_num(0.0)).to(z.dtype)
 
     def interpolate(self, z1: Tensor, z2: Tensor, t: Tensor | float) -> Tensor:
