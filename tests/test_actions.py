@@ -395,7 +395,7 @@ def test_a_sign_that_no_rotation_explains_is_an_error():
         ({"dtype": torch.float32}, "`z_turned` must be torch.float32"),
         ({"subspace": 1.5}, r"share in \(0, 1\]"),
         ({"subspace": 0.9, "multiplicity": [2, 1]}, "got both"),
-        ({"multiplicity": [4, 1]}, r"at most 4 directions.*\[4, 1\], which make 6"),
+        ({"multiplicity": [4, 1]}, "at most 4 directions.*got 6"),
         ({"multiplicity": [2, -1]}, "integers >= 0"),
         ({"multiplicity": [2, 0, 0, 1]}, "frequencies up to 3.*pass 1 more"),
         ({"multiplicity": 3}, "integers >= 0"),
