@@ -19,9 +19,10 @@ def points(n, d, seed=0, dtype=FLOAT64):
 def turn(images):
     """One random rotation for all images `(n, D)`; its distribution does not matter."""
     d = images.shape[1]
-    rotation = torch.linalg.qr(torch.randn(d, d, dtype=images.dtype))[0]
+    # Drawn on the CPU, so that it is the same rotation for images on any device.
+    rotation = torch.linalg.qr(torch.randn(d, d, dtype=images.dtype, device="cpu"))[0]
     rotation[:, 0] *= torch.linalg.det(rotation).sign()
-    return images @ rotation
+    return images @ rotation.to(images.device)
 
 
 def plane_turn(images):

@@ -15,13 +15,13 @@ PACKAGE = Path(care_loss.__file__).parent
 ROOT = Path(__file__).parent.parent
 # A module imports from layers below its own only; the lowest come first.
 LAYERS = (
-    ("_checks", "_chunks", "_rng", "_numerics", "recipes"),
+    ("_characters", "_checks", "_chunks", "_rng", "_numerics", "recipes"),
     ("_polar", "_report_checks", "_view_checks"),
     ("_few_rows",),
     ("_autograd.__init__", "_autograd.paths", "_autograd.unit_rows"),
     ("_autograd.gram_gap", "_autograd.info_nce", "rotation", "sphere", "views"),
-    ("functional", "metrics._sampling", "metrics._tables"),
-    ("distributed", "metrics._measures"),
+    ("_moments", "functional", "metrics._sampling", "metrics._tables"),
+    ("actions", "distributed", "metrics._measures"),
     ("metrics._frequencies", "metrics._report", "modules"),
     ("metrics._compare", "metrics._monitor"),
     ("metrics.__init__",),

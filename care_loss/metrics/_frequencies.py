@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from care_loss import _checks
+from care_loss._characters import nearest_counts
 from care_loss._checks import check_floating, check_on_device, check_square
 from care_loss._numerics import exact
 from care_loss.metrics._measures import permutation
@@ -82,7 +83,7 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
     squares = torch.where(squares > 1e-3, squares, torch.inf)
     traces = r.diagonal(dim1=-2, dim2=-1).sum(-1)
     multiplicity = traces @ waves / squares / torch.where(k > 0, 2, 1)
-    counts = _nearest_counts(multiplicity, d)
+    counts = nearest_counts(multiplicity, d)
     ks = k.repeat_interleave(counts)
     ks = torch.cat((ks, -ks[ks > 0]))
     wanted = _wrap(theta.unsqueeze(-1) * ks).sort().values
@@ -92,26 +93,6 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
     deviation = torch.stack(distances).amin(0).mean()
     dtype = exact(rotations[:0]).dtype
     return Frequencies(*(x.to(rotations.device, dtype) for x in (multiplicity, deviation)))
-
-
-def _nearest_counts(multiplicity: Tensor, d: int) -> Tensor:
-    """Return the integers with the least sum of absolute differences over all D directions.
-
-    Each term of the sum is convex in its count. So it is enough to start with frequency 0 only, and
-    to give two of its directions to the best other frequency while that lessens the sum.
-    """
-    counts = torch.zeros_like(multiplicity)
-    counts[0] = d
-    for _ in range(d // 2):
-        difference = multiplicity - counts
-        gain = 2 * (difference.abs() - (difference - 1).abs())
-        gain += difference[0].abs() - (difference[0] + 2).abs()
-        gain[0] = 0
-        if gain.max() <= 0:
-            break
-        counts[0] -= 2
-        counts[gain.argmax()] += 1
-    return counts.long()
 
 
 def _wrap(angle: Tensor) -> Tensor:
