@@ -18,7 +18,7 @@ import care_loss
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 pytestmark = pytest.mark.xdist_group("docs")  # one build for all tests
-MODULES = ("distributed", "functional", "metrics", "rotation", "sphere", "views")
+MODULES = ("actions", "distributed", "functional", "metrics", "rotation", "sphere", "views")
 
 
 class Page(HTMLParser):
