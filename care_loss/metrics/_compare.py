@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from care_loss import _report_checks
-from care_loss.metrics._report import equivariance_report
+from care_loss.metrics._report import MIN_COLLAPSING_NORM, equivariance_report
 from care_loss.metrics._sampling import Transform
 from care_loss.metrics._tables import (
     MAIN,
@@ -23,7 +23,7 @@ from care_loss.metrics._tables import (
 )
 
 MIN_ERRORS = 2  # standard errors from which a difference is called one
-SAYS_NOTHING = ("no change", "collapsed", "invariant", "nearly invariant", "too few images")
+IGNORES = ("invariant", "nearly invariant")
 NOTE = "Errors are over draws, not over trainings: train several seeds before you conclude."
 
 
@@ -104,16 +104,15 @@ class Comparison:
         """Return the conclusion about one transformation."""
         rows = {name: report.row(transformation) for name, report in self.reports.items()}
         base = rows[self.baseline]
-        if base.verdict in ("no change", "collapsed", "too few images"):
-            return (
-                f"{transformation}: nothing can be concluded. {_says_nothing(self.baseline, base)}"
-            )
+        reason = _no_evidence(base)
+        if reason and base.verdict not in IGNORES:
+            return f"{transformation}: nothing can be concluded, as '{self.baseline}' is {reason}."
         sentences = []
         for name, row in rows.items():
             if name == self.baseline:
                 continue
-            if row.verdict in SAYS_NOTHING:
-                sentences.append(_says_nothing(name, row))
+            if reason := _no_evidence(row):
+                sentences.append(f"'{name}' is no evidence: it is {reason}.")
                 continue
             sentences.append(
                 f"'{name}' ({row.verdict}) is {self._order(name, transformation)} the baseline "
@@ -125,7 +124,7 @@ class Comparison:
                 f"'{others[0]}' is nearer to '{best}' than the baseline, with a gap ratio of "
                 f"{_gap(rows[others[0]]):.3f}: if it is a control, it is the one that counts."
             )
-        if base.verdict in SAYS_NOTHING:
+        if base.verdict in IGNORES:
             sentences.append(
                 f"The baseline is {base.verdict}: do its views contain '{transformation}'? Compare "
                 "with a training whose views do not."
@@ -189,8 +188,10 @@ def compare(
     The comparison prints a table for each transformation, with the differences from the baseline
     and their standard errors over the draws, and a sentence that says which encoder is more
     equivariant than the baseline: its gap ratio is lower or its share above chance is higher, by
-    more than two standard errors, and neither is the other way round. Errors over draws do not
-    include how the figures vary with the training: compare several seeds.
+    more than two standard errors, and neither is the other way round. Encoders that ignore the
+    transformation, or whose embeddings come near one point (a mean norm above 0.9), are no
+    evidence. Errors over draws do not include how the figures vary with the training: compare
+    several seeds.
 
     Args:
         encoders: Maps two names or more to encoders, as :func:`equivariance_report` takes them.
@@ -246,8 +247,14 @@ def _sign(difference: Estimate) -> int:
 def _gap(row: ReportRow) -> float:
     """Return the gap ratio of an encoder that it says something about, else infinity."""
     gap = row.figures["gap_ratio"].mean
-    return math.inf if row.verdict in SAYS_NOTHING or math.isnan(gap) else gap
+    return math.inf if _no_evidence(row) or math.isnan(gap) else gap
 
 
-def _says_nothing(name: str, row: ReportRow) -> str:
-    return f"'{name}' is no evidence, {row.verdict}: {row.reason}."
+def _no_evidence(row: ReportRow) -> str:
+    """Return why a row says nothing of a rotation, or an empty text if it does."""
+    norm = row.figures["mean_norm"].mean
+    if row.verdict in ("no change", "too few images"):
+        return f"measured on {row.verdict} ({row.reason})"
+    if row.verdict in ("collapsed", *IGNORES):
+        return f"{row.verdict} ({row.reason})"
+    return f"near collapse (mean norm {norm:.3f})" if norm > MIN_COLLAPSING_NORM else ""
