@@ -75,7 +75,6 @@ def representation(encoder: nn.Module, group: Group) -> dict[str, object]:
         "deviation": f"{deviation(shuffled=False):.4f}",
         "deviation, shuffled": f"{deviation(shuffled=True):.4f}",
     }
-    row["eigen-angles"] = ""
     if dim == DIM:  # that of the figure
         angles = (rotation_angles(r).rad2deg() for r in rotations[0][:HALF])
         row["eigen-angles"] = "; ".join(joined(some, ".0f") for some in angles)
