@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -19,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from care_loss import CAREloss, InfoNCELoss
+from care_loss.functional import info_nce_loss
 
 PHOTOS = Path(__file__).parent.parent / "docs" / "examples" / "photos.py"
 FLOAT64 = torch.float64
@@ -351,3 +353,21 @@ def test_photos_refuses_bad_options_before_any_work(photos, monkeypatch, capsys,
     with pytest.raises(SystemExit):
         photos.main()
     assert f"{options.split()[0]} must" in capsys.readouterr().err
+
+
+def test_the_bound_of_the_guide_keeps_a_gradient():
+    guide = Path(__file__).parent.parent / "docs" / "guide.md"
+    found = re.findall(r"^```python\n(.*?)^```", guide.read_text(encoding="utf-8"), re.M | re.S)
+    (block,) = (text for text in found if "class LearnedTemperature" in text)
+    names = {"torch": torch, "CAREloss": CAREloss, "info_nce_loss": info_nce_loss}
+    exec(block, names)
+    criterion = names["criterion"]
+    z1, z2 = torch.randn(2, 8, 4)  # at a temperature that is much too low for them
+    (log_scale,) = criterion.parameters()
+    with torch.no_grad():
+        log_scale.fill_(6)
+    parts = criterion.forward_components(z1, z2, z1, z2, chunks=2)
+    torch.testing.assert_close(parts.base, info_nce_loss(z1, z2, temperature=0.01))
+    parts.loss.backward()
+    torch.optim.SGD([log_scale], lr=1e-3).step()
+    assert log_scale < 4.6  # log 100 is 4.605

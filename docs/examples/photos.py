@@ -580,7 +580,7 @@ def print_comparison(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="training steps of an arm")
+    parser.add_argument("--steps", type=int, help="training steps of an arm (250, full 300)")
     parser.add_argument(
         "--seed", type=int, nargs="+", default=[0], help="of weights, order and augmentations"
     )
@@ -595,6 +595,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("build/photos"))
     args = parser.parse_args()
+    if args.steps is None:
+        args.steps = 300 if args.full else 250
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     args.draws = args.draws or (96 if args.full else 16)
