@@ -215,9 +215,7 @@ class CAREloss(nn.Module):
         temperature = _as_temperature(temperature)
         gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
         _checks.check_scale(scale)
-        # A tensor is not compared, which would read it.
-        is_default = not isinstance(temperature, Tensor) and temperature == _TEMPERATURE
-        _check_base_loss(base_loss, gather_distributed, is_default)
+        _check_base_loss(base_loss, gather_distributed, temperature)
         if equivariance_weight is _WEIGHT:  # the object: a 10.0 that somebody gives is another
             _check_default_weight(scale)
         self.temperature = temperature
@@ -383,8 +381,7 @@ class RotationContrastLoss(nn.Module):
         super().__init__()
         temperature = _as_temperature(temperature)
         gather_distributed = _checks.as_boolean("gather_distributed", gather_distributed)
-        is_default = not isinstance(temperature, Tensor) and temperature == _TEMPERATURE
-        _check_base_loss(base_loss, gather_distributed, is_default)
+        _check_base_loss(base_loss, gather_distributed, temperature)
         self.temperature = temperature
         self.chunks = None if chunks is None else _checks.as_chunk_count(chunks)
         self.special = _checks.as_boolean("special", special)
@@ -483,7 +480,7 @@ def _as_temperature(value: Any) -> float | Tensor:
     return value  # the same object, for the optimizer
 
 
-def _check_base_loss(value: Any, gather_distributed: bool, temperature_is_default: bool) -> None:
+def _check_base_loss(value: Any, gather_distributed: bool, temperature: float | Tensor) -> None:
     """Require a callable base loss beside which nothing is set that only InfoNCE uses, or None."""
     if value is None:
         return
@@ -498,7 +495,8 @@ def _check_base_loss(value: Any, gather_distributed: bool, temperature_is_defaul
             "`gather_distributed` must be False when `base_loss` is given, got True: it applies to "
             "InfoNCE, which `base_loss` replaces. Let the base loss gather for itself."
         )
-    if not temperature_is_default:
+    # A tensor is not compared, which would read it.
+    if isinstance(temperature, Tensor) or temperature != _TEMPERATURE:
         raise ValueError(
             "`temperature` must be left out when `base_loss` is given, got one that is not the "
             "default: it applies to InfoNCE, which `base_loss` replaces. Give the temperature to "

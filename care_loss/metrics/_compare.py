@@ -20,6 +20,7 @@ from care_loss.metrics._tables import (
     ReportRow,
     html_table,
     standard_error,
+    text_table,
 )
 
 MIN_ERRORS = 2  # standard errors from which a difference is called one
@@ -144,14 +145,7 @@ class Comparison:
         title = f"{len(self.reports)} encoders on {report.images} images, baseline: {self.baseline}"
         text = textwrap.wrap(title, WIDTH)
         for transformation in self._transformations():
-            table = self._table(transformation)
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            widths[0] = min(widths[0], max(8, WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
-            text.append("")
-            for label, *cells in table:
-                *above, last = textwrap.wrap(label, widths[0])
-                padded = [c.ljust(w) for c, w in zip([last, *cells], widths, strict=True)]
-                text += [*above, "  ".join(padded).rstrip()]
+            text += ["", *text_table(self._table(transformation))]
         text.append("")
         for transformation in self._transformations():
             text += textwrap.wrap(self._sentence(transformation), WIDTH, subsequent_indent="  ")

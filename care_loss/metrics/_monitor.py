@@ -85,8 +85,7 @@ class EquivarianceMonitor:
         self.transformations = dict(transformations)
         self.every = _checks.check_count("every", every, 1)
         self.samples = _checks.check_count("samples", samples, 4)
-        self.batch_size, self.seed = batch_size, seed
-        self.device = None if device is None else torch.device(device)
+        self.batch_size, self.device, self.seed = batch_size, device, seed
         self._sightings: dict[str, tuple[int, tuple[float, ...]]] = {}
         self._warned: set[str] = set()
 

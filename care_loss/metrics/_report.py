@@ -163,7 +163,7 @@ def equivariance_report(
         transformations,
         samples=samples,
         batch_size=_checks.check_count("batch_size", batch_size, 1),
-        device=None if device is None else torch.device(device),
+        device=device,
         seed=_checks.check_count("seed", seed, 0),
         progress=progress if progress is None else _checks.as_boolean("progress", progress),
     )

@@ -37,7 +37,7 @@ def sample(
     *,
     samples: int,
     batch_size: int,
-    device: torch.device | None,
+    device: torch.device | str | None,
     seed: int,
     progress: bool | None,
     unshared_draws: int = UNSHARED_DRAWS,
@@ -52,7 +52,7 @@ def sample(
         _rng.seed(seed % 2**32)  # the order of a loader that shuffles
         count, batches = _batches(images, batch_size)
         first = _report_checks.as_images(next(batches, None))
-        device = device or _device(encoder) or first.device
+        device = torch.device(device or _device(encoder) or first.device)
         drawn = [
             _Drawn(
                 name,

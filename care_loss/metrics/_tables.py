@@ -204,38 +204,22 @@ class EquivarianceReport:
             for key in SCALARS
         }
 
-    def _entries(self) -> Iterator[tuple[str, ReportRow, list[str], list[str]]]:
-        """Yield the label, the row, the cells and the sentences of each line of the short table."""
+    def _entries(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Yield the label, the cells and the sentences of each line of the short table."""
         several = len({row.output for row in self.rows}) > 1
         for row in self.rows:
             if row.against == "clean":
                 label = f"{row.transformation}, {row.output}" if several else row.transformation
                 cells = [_short_cell(name, row.figures[name]) for name in MAIN]
-                yield label, row, cells, [f"{row.verdict}: {row.reason}.", *row.warnings]
+                yield label, cells, [f"{row.verdict}: {row.reason}.", *row.warnings]
 
     def __str__(self) -> str:
         entries = list(self._entries())
-        heads = list(MAIN.values())
-        widths = [
-            max(map(len, column)) for column in zip(heads, *(e[2] for e in entries), strict=True)
-        ]
-        first = max(0, *(len(label) for label, *_ in entries))
-        first = min(first, WIDTH - sum(widths) - 2 * len(widths))
-
-        def line(label: str, cells: list[str]) -> str:
-            """Align a label and its cells with those of the other lines."""
-            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-            return "  ".join([label.ljust(first), *padded]).rstrip()
-
-        text = [*textwrap.wrap(self._title(), WIDTH), "", line("", heads)]
-        for label, _, cells, sentences in entries:
-            *above, last = textwrap.wrap(label, first)
-            text += [*above, line(last, cells)]
-            for sentence in sentences:
-                text += textwrap.wrap(
-                    sentence, WIDTH, initial_indent="  ", subsequent_indent="    "
-                )
-        return "\n".join([*text, "", *textwrap.wrap(LEGEND, WIDTH)])
+        table = [["", *MAIN.values()], *([label, *cells] for label, cells, _ in entries)]
+        text = text_table(table, [[], *(sentences for *_, sentences in entries)])
+        return "\n".join(
+            [*textwrap.wrap(self._title(), WIDTH), "", *text, "", *textwrap.wrap(LEGEND, WIDTH)]
+        )
 
     __repr__ = __str__
 
@@ -259,13 +243,30 @@ class EquivarianceReport:
 
     def _repr_html_(self) -> str:
         head = ["", *MAIN.values(), "verdict"]
-        lines = [[label, *cells, " ".join(text)] for label, _, cells, text in self._entries()]
+        lines = [[label, *cells, " ".join(text)] for label, cells, text in self._entries()]
         full = "".join(html_table(table, [], title) for title, table in self._tables())
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
         return (
             html_table([head, *lines], [LEGEND], self._title())
             + f"<details><summary>all figures</summary>{full}{notes}</details>"
         )
+
+
+def text_table(table: list[list[str]], below: list[list[str]] | None = None) -> list[str]:
+    """Return lines of cells as aligned text of `WIDTH` columns, whose labels are wrapped.
+
+    Below each line come its sentences, if there are any.
+    """
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths[0] = min(widths[0], max(8, WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    text = []
+    for (label, *cells), sentences in zip(table, below or [[]] * len(table), strict=True):
+        *above, last = textwrap.wrap(label, widths[0]) or [""]
+        padded = (cell.ljust(width) for cell, width in zip([last, *cells], widths, strict=True))
+        text += [*above, "  ".join(padded).rstrip()]
+        for sentence in sentences:
+            text += textwrap.wrap(sentence, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return text
 
 
 def html_table(table: list[list[str]], sentences: list[str], title: str = "") -> str:
