@@ -40,8 +40,8 @@ Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
 Size = TypeVar("Size", float, Tensor)
 
-# A rotation was learned from 16 rows in 16 dimensions, and from 32 in 64 and in 128; from 16 rows
-# in 64 dimensions, the embedding became invariant.
+# With 32 rows in each half, rotations were learned in 16, 64 and 128 dimensions; with 16 rows, two
+# of three embeddings of 16 dimensions turned, and one became invariant (docs/experiments).
 MIN_ROWS_TO_FIT = 32
 _warned: set[str] = set()
 
@@ -209,7 +209,7 @@ def cross_fitted(
 
     A half needs enough rows to determine the rotation in the dimensions that the embedding uses.
     With too few, the fits predict nothing, and a contrastive loss then teaches the embedding to
-    ignore the augmentation, in silence. The first call with a half of fewer than D and fewer than
+    ignore the augmentation, in silence. The first call with a half of fewer than 2 D and fewer than
     32 rows therefore gives a warning (not under `torch.compile`).
 
     Args:
@@ -426,10 +426,11 @@ def _layout_to_fit(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tu
 
 def _warn_of_few_rows(rows: int, d: int) -> None:
     """Warn, once per process, where rotations are fitted to too few rows to predict others."""
-    if rows >= min(d, MIN_ROWS_TO_FIT) or _warned or torch.compiler.is_compiling():
+    least = min(2 * d, MIN_ROWS_TO_FIT)
+    if rows >= least or _warned or torch.compiler.is_compiling():
         return
     warnings.warn(
-        f"the halves of chunks should have {min(d, MIN_ROWS_TO_FIT)} rows or more for embeddings "
+        f"the halves of chunks should have {least} rows or more for embeddings "
         f"of dimension {d}, got {rows}: rotations fitted to fewer may predict nothing of the other "
         "rows, and the embedding then learns to ignore the augmentation. Use fewer chunks, a "
         "larger batch, or a smaller head.",

@@ -335,8 +335,8 @@ class RotationContrastLoss(nn.Module):
     to ignore the ordinary augmentations, and to rotate with the shared one; there is no weight to
     choose.
 
-    Each half of a chunk needs as many rows as the embedding has dimensions, or 32: otherwise the
-    first call gives a warning.
+    Each half of a chunk needs twice as many rows as the embedding has dimensions, or 32: otherwise
+    the first call gives a warning.
 
     Args:
         temperature: The temperature of InfoNCE, > 0: a number, or an `nn.Parameter` `()` to learn
