@@ -33,8 +33,13 @@ docs-serve: docs  ## build the site and show it at http://localhost:8000
 test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part of them
 	$(RUN) -m pytest --numprocesses $(PROCESSES) --dist loadgroup $(ARGS)
 
-test-deep: $(VENV)/.test  ## many more examples for every theorem
-	$(RUN) -m pytest tests/test_theorems.py $(wildcard tests/test_rotation*.py tests/test_sphere*.py) --hypothesis-profile=deep $(ARGS)
+# Files that draw examples; of all others, what is marked `deep` and left out by make test.
+DRAWN = actions cross_fitted metrics similarity theorems
+DEEP = $(DRAWN:%=tests/test_%.py) $(wildcard tests/test_rotation*.py tests/test_sphere*.py)
+test-deep: $(VENV)/.test  ## many more examples for every theorem, and the whole of each sweep
+	$(RUN) -m pytest $(DEEP) --hypothesis-profile=deep $(ARGS)
+	$(RUN) -m pytest -m deep $(DEEP:%=--ignore=%) --hypothesis-profile=deep $(ARGS) \
+		|| test $$? = 5  # where ARGS chooses none of them
 
 # What CI does not install. The log is committed: it shows which versions of the hosts were tried.
 HOSTS_LOG = docs/hosts/log.txt
@@ -43,7 +48,7 @@ test-hosts: $(VENV)/.hosts build/solo-learn  ## run the examples for all other l
 		"^(accelerate|albumentations|hydra-core|jsonargparse|kornia|lightly|lightning|pytorch.*|timm|torch.*|transformers)=" \
 		> $(HOSTS_LOG)
 	git -C build/solo-learn log -1 --format="solo-learn at commit %h of %as" >> $(HOSTS_LOG)
-	$(RUN) -m pytest tests/test_hosts.py --no-header --quiet -rA --show-capture stdout $(ARGS) | tee -a $(HOSTS_LOG)
+	$(RUN) -m pytest tests/test_hosts.py --hypothesis-profile=deep --no-header --quiet -rA --show-capture stdout $(ARGS) | tee -a $(HOSTS_LOG)
 
 build/solo-learn:
 	git clone --quiet --depth 1 https://github.com/vturrisi/solo-learn $@

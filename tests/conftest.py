@@ -7,7 +7,8 @@ import torch
 from hypothesis import settings
 
 # In CI every run draws the same examples; `make test-deep` looks further, and elsewhere each time.
-settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, database=None)
+# It also runs the tests that are marked `deep`: the rest of a sweep of which others are a sample.
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.register_profile("deep", max_examples=1000, deadline=None)
 settings.load_profile("ci")
 
@@ -20,18 +21,21 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "deep: run by make test-deep and on devices, not on a CPU")
     if config.getoption("--device") == "pretend":
         importlib.import_module("pretend")
 
 
 def pytest_collection_modifyitems(config, items):
     name = config.getoption("--device")
-    if name == "cpu":
-        return
+    deep = config.getoption("--hypothesis-profile") == "deep"
     beyond = importlib.import_module("pretend").BEYOND if name == "pretend" else ()
     kept, left_out = [], []
     for item in items:
-        runs = "device" in getattr(item, "fixturenames", ())
+        if name == "cpu":
+            runs = deep or not item.get_closest_marker("deep")
+        else:
+            runs = "device" in getattr(item, "fixturenames", ())
         (left_out, kept)[runs and not any(word in item.nodeid for word in beyond)].append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

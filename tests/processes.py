@@ -13,7 +13,11 @@ from care_loss.distributed import all_gather
 from care_loss.functional import info_nce_loss
 
 DIM, ROWS, CHUNKS = 6, 8, 2
-CONTEXT = mp.get_context("spawn")
+# Where it is offered, processes are forked from one that has imported torch, once for all.
+METHOD = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+CONTEXT = mp.get_context(METHOD)
+if METHOD == "forkserver":
+    CONTEXT.set_forkserver_preload(["care_loss", "pytest", "torch._dynamo", "torch.distributed"])
 
 
 # Processes that wait for functions to run

@@ -8,10 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from processes import (
-    DIM,
-    ROWS,
-)
+from processes import DIM, METHOD, ROWS
 
 from care_loss import CAREloss, InfoNCELoss, RotationContrastLoss, distributed
 from care_loss.distributed import all_gather
@@ -159,4 +156,4 @@ def missing(rank, rendezvous, how):
 
 @pytest.mark.parametrize("how", ["stops", "sleeps"])
 def test_a_process_that_is_missing_ends_in_an_error_within_the_timeout(how, tmp_path):
-    mp.spawn(missing, args=(tmp_path / "group", how), nprocs=2)
+    mp.start_processes(missing, (tmp_path / "group", how), nprocs=2, start_method=METHOD)

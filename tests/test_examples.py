@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -52,14 +53,18 @@ def run(output, *options):
     return result.stdout, rows
 
 
-def test_photos_trains_and_measures_all_arms(tmp_path):
-    printed, rows = run(tmp_path / "first", "--full", "--seed", "0", "1")
+@pytest.mark.parametrize(
+    "seeds", [["0"], pytest.param(["0", "1"], marks=pytest.mark.deep)], ids=["one", "two"]
+)
+def test_photos_trains_and_measures_all_arms(seeds, tmp_path):
+    printed, rows = run(tmp_path / "first", "--full", "--seed", *seeds)
     arms = ["untrained", "SimCLR with hue", "SimCLR without hue", "CARE, four forwards"]
     arms += ["CARE, three forwards", "placebo, three forwards"]
     arms += ["CARE, uniformity", "placebo, uniformity"]
-    others = rows.pop("ordinary-seed0"), rows.pop("ordinary-seed1")
-    assert [row["transformation"] for row in others[0]] == 4 * ["crop", "flip", "colour", "grey"]
-    assert set(rows) == {"photos-seed0", "photos-seed1"}
+    for seed in seeds:
+        others = [row["transformation"] for row in rows.pop(f"ordinary-seed{seed}")]
+        assert others == 4 * ["crop", "flip", "colour", "grey"]
+    assert set(rows) == {f"photos-seed{seed}" for seed in seeds}
     assert all([row["arm"] for row in table] == arms for table in rows.values())
     assert all(arm in printed for arm in arms)
     for row in rows["photos-seed0"]:
@@ -67,7 +72,7 @@ def test_photos_trains_and_measures_all_arms(tmp_path):
         assert 0 < float(row["kNN"]) < 1
         assert 0 < float(row["same hue"]) < 1
     assert (tmp_path / "first" / "photos.png").stat().st_size > 10_000
-    assert rows["photos-seed0"] != rows["photos-seed1"]
+    assert all(table != other for table, other in itertools.combinations(rows.values(), 2))
 
 
 def test_photos_compares_three_arms_by_default(tmp_path):

@@ -20,6 +20,10 @@ RUNS = {  # each experiment and each group, with the files of results that it wr
     "probe --arm apart": ("probe-orientations", "probe-similarities"),
     "several --arm 'separate views'": ("several",),
 }
+# Of a run that is long, the part that make test takes; make test-deep takes all of it.
+LONG = {"ordinary_views --group proteins"}
+PARTS = {"ordinary_views --group proteins --part arms": ("arms-proteins",)}
+COMMANDS = [pytest.param(run, marks=[pytest.mark.deep] * (run in LONG)) for run in RUNS]
 
 
 def run(name, *options):
@@ -46,12 +50,12 @@ def test_every_experiment_is_run():
     assert scripts == {command.split()[0] for command in RUNS}
 
 
-@pytest.mark.parametrize("command", RUNS)
+@pytest.mark.parametrize("command", [*COMMANDS, *PARTS])
 def test_an_experiment_runs_for_a_step(command, tmp_path):
     name, *more = shlex.split(command)
     result = run(name, *more, "--steps", "1", "--seed", "0", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    for results in RUNS[command]:
+    for results in (RUNS | PARTS)[command]:
         found = read(tmp_path / f"{results}.csv")
         committed = read(FOLDER / "results" / f"{results}.csv")
         committed = [row for row in committed if row["seed"] == "1"]

@@ -125,8 +125,11 @@ def test_the_code_on_the_pages_runs(page, block, needs, monkeypatch, tmp_path):
     assert namespace.get("loss", torch.zeros(())).isfinite()
 
 
-LIGHTLY = ["before", "two_forwards", "three_forwards", "four_forwards"]
-LIGHTLY += ["moco_before", "moco_care", "barlow_before", "barlow_care"]
+LIGHTLY = ["before", "two_forwards", "three_forwards", "moco_care", "barlow_care"]
+LIGHTLY += [  # make test-hosts runs these too
+    pytest.param(name, marks=pytest.mark.deep)
+    for name in ("four_forwards", "moco_before", "barlow_before")
+]
 
 
 @pytest.mark.parametrize("name", LIGHTLY)

@@ -4,6 +4,7 @@ A formula in float32 converts half types first. Errors are root mean squares ove
 single draw may be 0 by chance.
 """
 
+import itertools
 import math
 from functools import partial
 from unittest.mock import patch
@@ -20,6 +21,18 @@ from care_loss.rotation import random_orthogonal
 from care_loss.sphere import normalize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def in_turn(*choices):
+    """All combinations; of each of the others, one value of the last choice in turn is not deep."""
+    *others, last = map(list, choices)
+    found = []
+    for places in itertools.product(*(range(len(values)) for values in others)):
+        chosen = [values[place] for values, place in zip(others, places, strict=True)]
+        for place, value in enumerate(last):
+            marks = [pytest.mark.deep] * (place != sum(places) % len(last))
+            found.append(pytest.param(*chosen, value, marks=marks))
+    return found
 
 
 def assert_rounds_at_most_twice_as_much(loss, plain, draw, draws):
@@ -41,11 +54,13 @@ def rounding_to(dtype, x):
     return limits.eps / 2 + subnormal / 2 / x.norm().item()
 
 
-@pytest.mark.parametrize(("plain", "loss"), PLAIN.values(), ids=PLAIN)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("noise", [1.0, 1e-2])
-@pytest.mark.parametrize("shape", [(16, 8), (64, 128), (256, 32)])
-def test_every_loss_rounds_little(plain, loss, dtype, noise, shape, device):
+@pytest.mark.parametrize(
+    ("name", "noise", "shape", "dtype"),
+    in_turn(PLAIN, [1.0, 1e-2], [(16, 8), (64, 128), (256, 32)], DTYPES),
+)
+def test_every_loss_rounds_little(name, noise, shape, dtype, device):
+    plain, loss = PLAIN[name]
+
     def draw():
         z = torch.randn(shape, device=device)
         return z.to(dtype), (z + noise * torch.randn_like(z)).to(dtype)
@@ -56,10 +71,11 @@ def test_every_loss_rounds_little(plain, loss, dtype, noise, shape, device):
 TEMPERATURES = [1, 0.5, 0.1, 0.05, 0.02, 1 / 64, 0.0125, 0.005]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("shape", [(63, 128), (256, 32), (128, 9)])
-def test_info_nce_rounds_little_at_every_temperature(dtype, temperature, shape, device):
+@pytest.mark.parametrize(
+    ("temperature", "shape", "dtype"),
+    in_turn(TEMPERATURES, [(63, 128), (256, 32), (128, 9)], DTYPES),
+)
+def test_info_nce_rounds_little_at_every_temperature(temperature, shape, dtype, device):
     assert paths.is_dense(2 * shape[0], device)
     assert_info_nce_rounds_little(shape, dtype, temperature, device, draws=24)
 
@@ -67,6 +83,11 @@ def test_info_nce_rounds_little_at_every_temperature(dtype, temperature, shape, 
 MANY = [((1025, 32), torch.float32, temperature) for temperature in TEMPERATURES]
 MANY += [((1025, 32), dtype, temperature) for dtype in DTYPES[1:] for temperature in (0.5, 0.005)]
 MANY += [((1200, 9), torch.float32, temperature) for temperature in (0.5, 0.005)]
+MANY_DEEP = [0, 2, 4, 6, 9, 10, 12]  # places: each dtype, both shapes and both ends are left
+MANY = [
+    pytest.param(*case, marks=[pytest.mark.deep] * (place in MANY_DEEP))
+    for place, case in enumerate(MANY)
+]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "temperature"), MANY)
@@ -111,10 +132,10 @@ def plain_equivariance_of_chunks(z1, z2, chunks):
     return torch.stack([plain_equivariance(u, v) for u, v in pairs]).mean()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("noise", [1, 1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("case", EQUIVARIANCE)
-def test_equivariance_rounds_little_near_its_minimum(dtype, noise, case, device):
+@pytest.mark.parametrize(
+    ("case", "noise", "dtype"), in_turn(EQUIVARIANCE, [1, 1e-2, 1e-3, 1e-4], DTYPES)
+)
+def test_equivariance_rounds_little_near_its_minimum(case, noise, dtype, device):
     n, d, chunks, long = EQUIVARIANCE[case]
     assert paths.is_long(n // chunks, d) == long
 
@@ -211,12 +232,17 @@ def test_equivariance_keeps_its_digits_where_products_may_be_rounded(
     assert errors[1] < 1e-3
 
 
-@pytest.mark.parametrize("spread", [1.0, 0.1, 0.01, 0.003, 0.001])
 @pytest.mark.parametrize(
-    ("n", "d", "chunks"), [(64, 128, 2), (64, 8, 2), (256, 8, 2), (250, 16, 4), (256, 128, 16)]
+    ("shape", "spread", "precision"),
+    in_turn(
+        [(64, 128, 2), (64, 8, 2), (256, 8, 2), (250, 16, 4), (256, 128, 16)],
+        [1.0, 0.1, 0.01, 0.003, 0.001],
+        ["highest", "high"],
+    ),
 )
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_rows_that_nearly_coincide_cost_no_digits(n, d, chunks, spread, precision, device):
+def test_rows_that_nearly_coincide_cost_no_digits(shape, spread, precision, device):
+    n, d, chunks = shape
+
     # As in a network at its start, or one that has collapsed. The errors are compared with what
     # rounding the inputs to float32 does.
     def loss(z1, z2):

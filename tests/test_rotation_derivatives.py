@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from strategies import orthogonal
-from test_transforms import BACKENDS
+from test_transforms import deep, on_both_backends
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -116,11 +117,17 @@ def test_negative_weights_are_nan_where_they_cannot_be_read(device):
     assert found[1].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("n", "d"), [(2, 5), (7, 4)])
-@special
-def test_compiles_as_one_graph_forward_and_backward(n, d, special, backend, device, dtype):
+FITS = {"O-2-5": (2, 5, False), "SO-2-5": (2, 5, True), "O-7-4": (7, 4, False)}
+FITS["SO-7-4"] = (7, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("fit", "backend"),
+    on_both_backends(FITS, aot_eager={"O-2-5", "SO-7-4"}, inductor={"SO-2-5"}),
+)
+def test_compiles_as_one_graph_forward_and_backward(fit, backend, device, dtype):
     torch.compiler.reset()
+    n, d, special = fit
     x, y = (z.to(dtype) for z in rows(n, d, device, 3))
     # Items whose fit is not unique take the branches that depend on values.
     x[1] = 0
@@ -136,15 +143,26 @@ def test_compiles_as_one_graph_forward_and_backward(n, d, special, backend, devi
     torch.testing.assert_close(*grads)
 
 
-@special
-def test_compiles_once_for_all_sizes(special, device):
+MANY, FEW = ((12, 4), (9, 5)), ((5, 8), (4, 7))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "special"),
+    [(MANY, True), (MANY, False), (FEW, True), pytest.param(FEW, False, marks=deep)],
+    ids=["many-SO", "many-O", "few-SO", "few-O"],
+)
+def test_compiles_once_for_all_sizes(sizes, special, device):
     torch.compiler.reset()
-    compiled = torch.compile(fit_rotation, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n, d in ((12, 4), (9, 5), (3, 6), (2, 7)):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fit_rotation, fullgraph=True, backend=counter, dynamic=True)
+    graphs = []
+    for n, d in sizes:
         x, y = torch.randn(2, n, d, device=device)
         expected = fit_rotation(x, y, special=special)
         for a, b in zip(compiled(x, y, special=special), expected, strict=True):
             torch.testing.assert_close(a, b)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1]  # nothing is compiled for the second size
 
 
 @pytest.mark.parametrize("function", [rotation_angles, lambda r: rotation_distance(r, r.mT)])
@@ -296,7 +314,7 @@ def test_the_gradient_of_an_equivariant_model_is_right(device):
         assert gain == pytest.approx((step * grad.square().sum()).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=deep) for k in (1, 2))])
 def test_adam_reaches_a_random_rotation_from_rank_one(seed, device):
     d = 6
     target = orthogonal(d, seed).to(device)

@@ -16,17 +16,23 @@ from care_loss._chunks import TRACERS_KNOW
 from care_loss.functional import equivariance_loss, info_nce_loss, uniformity_loss
 from care_loss.rotation import fit_rotation, fit_similarity, nearest_orthogonal
 
-BACKENDS = [
-    "aot_eager",
-    pytest.param(
-        "inductor",
-        marks=pytest.mark.skipif(
-            not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
-        ),
-    ),
-]
+deep = pytest.mark.deep
+needs_a_compiler = pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
+)
 ALL = LOSSES | {"CAREloss": CAREloss(chunks=4, shared_views=True).forward}
 every_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
+
+
+def on_both_backends(cases, *, inductor, aot_eager=None):
+    """Named cases on both backends; on each, those that are not in its sample are deep."""
+    samples = {"aot_eager": cases if aot_eager is None else aot_eager, "inductor": inductor}
+    found = []
+    for backend, sample in samples.items():
+        for name, case in cases.items():
+            marks = [needs_a_compiler] * (backend == "inductor") + [deep] * (name not in sample)
+            found.append(pytest.param(case, backend, id=f"{name}-{backend}", marks=marks))
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +46,9 @@ def value_and_grad(loss, z1, z2):
     return value.detach(), *torch.autograd.grad(value, (z1, z2), materialize_grads=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@every_loss
+@pytest.mark.parametrize(
+    ("loss", "backend"), on_both_backends(ALL, inductor={"CAREloss", "uniformity", "alignment"})
+)
 def test_compiles_as_one_graph_forward_and_backward(loss, backend, device, dtype):
     z1, z2 = torch.randn(2, 11, 5, device=device).to(dtype)
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
@@ -71,12 +78,19 @@ exported = pytest.mark.skipif(
 
 
 @free_sizes
-@pytest.mark.parametrize("chunks", [3, 8])
-def test_an_int_compiles_into_few_graphs_for_all_sizes(chunks, device):
-    loss = CAREloss(chunks=chunks, shared_views=True)
+@pytest.mark.parametrize(
+    ("loss", "sizes"),
+    [
+        (CAREloss(chunks=3, shared_views=True), (16, 16, 14, 15, 13, 16)),
+        (EquivarianceLoss(chunks=8), (16, 16, 14, 15, 13, 16, 2, 3)),
+        pytest.param(CAREloss(chunks=8, shared_views=True), (16, 14, 13, 2, 3), marks=deep),
+    ],
+    ids=["CAREloss-3", "EquivarianceLoss-8", "CAREloss-8"],
+)
+def test_an_int_compiles_into_few_graphs_for_all_sizes(loss, sizes, device):
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
-    for n in (16, 16, 14, 15, 13, 16, 2, 3):
+    for n in sizes:
         z1, z2 = torch.randn(2, n, 5, device=device)
         torch.testing.assert_close(value_and_grad(compiled, z1, z2), value_and_grad(loss, z1, z2))
     assert backend.frame_count <= 3
@@ -102,6 +116,7 @@ TRACED = {
     "fit_similarity": lambda x, y: fit_similarity(x, y, special=True).translation,
     "nearest_orthogonal": lambda x, y: nearest_orthogonal(x.mT @ y),
 }
+STRICT = ("equivariance", "fit_rotation")  # the sample that dynamo traces
 
 
 class Called(torch.nn.Module):
@@ -114,8 +129,14 @@ class Called(torch.nn.Module):
 
 
 @exported
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [
+        *((name, False) for name in TRACED),
+        *((name, True) for name in STRICT),
+        *(pytest.param(name, True, marks=deep) for name in TRACED if name not in STRICT),
+    ],
+)
 def test_export_follows_the_number_of_rows(name, strict):
     x, y = torch.randn(2, 8, 5)
     n = torch.export.Dim("n", min=6, max=4096)  # two rows for each chunk, and no few rows to fit
@@ -143,11 +164,7 @@ def test_make_fx_records_what_has_derivatives(name, mode):
 
 @pytest.mark.parametrize(
     "module",
-    [
-        InfoNCELoss(0.2),
-        EquivarianceLoss(3, reduction="none"),
-        CAREloss(chunks=3, shared_views=True),
-    ],
+    [InfoNCELoss(0.2), EquivarianceLoss(3, reduction="none")],  # CAREloss is compiled above
     ids=lambda module: type(module).__name__,
 )
 def test_modules_compile_and_follow_the_size_of_the_batch(module, device):

@@ -225,11 +225,22 @@ def test_collate_is_repeatable_and_never_repeats_itself():
     assert not torch.equal(first, second)
 
 
+FASTEST = multiprocessing.get_all_start_methods()[0]  # spawn everywhere, or fork
+
+
 @pytest.mark.parametrize(
-    ("context", "forwards"),
-    [(context, 4) for context in multiprocessing.get_all_start_methods()] + [("spawn", 3)],
+    ("context", "forwards", "epochs"),
+    [
+        (FASTEST, 4, 2),
+        ("spawn", 3, 1),  # which imports everything in each worker and epoch
+        *(
+            pytest.param(context, 4, 2, marks=pytest.mark.deep)
+            for context in multiprocessing.get_all_start_methods()[1:]
+        ),
+        pytest.param("spawn", 3, 2, marks=pytest.mark.deep),
+    ],
 )
-def test_collate_works_in_worker_processes(context, forwards):
+def test_collate_works_in_worker_processes(context, forwards, epochs):
     loader = DataLoader(
         samples(16),
         batch_size=8,
@@ -240,14 +251,14 @@ def test_collate_works_in_worker_processes(context, forwards):
         multiprocessing_context=context,
     )
     factors = []
-    for _ in range(2):  # two epochs
+    for _ in range(epochs):
         for (x1, _, *shared, ids), labels in loader:
             originals = x1 if forwards == 3 else torch.stack([x for x, _ in samples(16)])[labels]
             for view in shared:
                 assert_constant_on_chunks(draws(view, originals), ids)
                 factors += [draws(view, originals)[0], draws(view, originals)[-1]]
     # Every worker, view, chunk and epoch has drawn its own.
-    assert len(torch.stack(factors).unique()) == len(factors) == 8 * (forwards - 2)
+    assert len(torch.stack(factors).unique()) == len(factors) == 4 * epochs * (forwards - 2)
 
 
 def test_a_ragged_last_batch_is_cut_like_any_other():

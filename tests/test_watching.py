@@ -13,6 +13,7 @@ from care_loss import CAREloss
 from care_loss.metrics import EquivarianceMonitor, compare
 from care_loss.views import augment_chunks
 
+pytestmark = pytest.mark.xdist_group("watching")  # which share their trainings
 STEPS, BATCH, POINTS, DIM = 200, 128, 8, 16
 HELD_OUT = torch.randn(128, POINTS, 2, generator=torch.Generator().manual_seed(1))
 TURN = {"turn": plane_turn}
@@ -82,8 +83,10 @@ def train(mistake="none", optimizer="AdamW", every=10):
     return Training(watched, scalars, [str(warning.message) for warning in seen])
 
 
-@pytest.mark.parametrize("every", [10, 20])
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize(
+    ("optimizer", "every"),
+    [("AdamW", 10), ("AdamW", 20), ("SGD", 10), pytest.param("SGD", 20, marks=pytest.mark.deep)],
+)
 def test_no_false_alarm_in_a_right_training(optimizer, every):
     right = train(optimizer=optimizer, every=every)
     assert right.words == []
