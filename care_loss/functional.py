@@ -232,8 +232,8 @@ def cross_fitted(
         TypeError, ValueError: if an argument is not as described.
 
     Example:
-        >>> z = torch.eye(3).repeat(4, 1)
-        >>> turned = torch.cat((z[:6].roll(1, 1), z[6:].roll(2, 1)))  # one rotation per chunk
+        >>> z = torch.eye(3).repeat(8, 1)
+        >>> turned = torch.cat((z[:12].roll(1, 1), z[12:].roll(2, 1)))  # one rotation per chunk
         >>> torch.allclose(cross_fitted(z, turned, chunks=2), turned)
         True
 

@@ -363,7 +363,7 @@ class RotationContrastLoss(nn.Module):
         >>> def turn(images):  # one order of the channels for all images of a call
         ...     return images[:, torch.randperm(3)]
         >>> images = torch.rand(64, 3, 4, 4)
-        >>> turned, chunks = augment_chunks(noise(images), turn, chunks=4)
+        >>> turned, chunks = augment_chunks(noise(images), turn, chunks=2)
         >>> loss = RotationContrastLoss(temperature=0.5)
         >>> loss(encoder(noise(images)), encoder(turned), chunks=chunks).shape
         torch.Size([])
@@ -390,7 +390,7 @@ class RotationContrastLoss(nn.Module):
 
     def forward(self, z: Tensor, z_turned: Tensor, *, chunks: int | Tensor | None = None) -> Tensor:
         """Return the loss `()`, the first of :meth:`forward_components`."""
-        return self.forward_components(z, z_turned, chunks=chunks).loss
+        return self._contrast(z, z_turned, chunks)[0]
 
     def forward_components(
         self, z: Tensor, z_turned: Tensor, *, chunks: int | Tensor | None = None
@@ -403,6 +403,14 @@ class RotationContrastLoss(nn.Module):
             chunks: The number of chunks or the ids `(N,)` that the views returned. They take the
                 place of the constructor's `chunks` for this batch.
         """
+        loss, prediction = self._contrast(z, z_turned, chunks)
+        share = functional._share_explained(z, z_turned, prediction)
+        return RotationContrastComponents(loss, share)
+
+    def _contrast(
+        self, z: Tensor, z_turned: Tensor, chunks: int | Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and the prediction of `z_turned`."""
         refused: Exception | None = None
         try:
             prediction = self._prediction(z, z_turned, chunks)
@@ -422,8 +430,7 @@ class RotationContrastLoss(nn.Module):
             loss = _info_nce(prediction, turned, self.temperature, "mean", gather, also)
         else:
             loss = _as_scalar(self.base_loss(prediction, turned))
-        share = functional._share_explained(z, z_turned, prediction)
-        return RotationContrastComponents(loss, share)
+        return loss, prediction
 
     def _prediction(self, z: Tensor, z_turned: Tensor, chunks: int | Tensor | None) -> Tensor:
         _checks.check_embeddings(leading=False, z=z, z_turned=z_turned)

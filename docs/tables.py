@@ -438,6 +438,70 @@ def several_against_controls() -> Table:
     return table
 
 
+CONTROLS_OF = {"CARE, three forwards": "placebo of CARE"}
+CONTROLS_OF |= {"rotation contrast": "placebo of rotation contrast"}
+
+
+def losses_compared() -> Table:
+    """Means and intervals of both ways to train, and the better of both controls of each."""
+    table = [["data", "D", "arm", "gap ratio", "of the stronger control", "rotation share", "rank"]]
+    for name in [*GROUPS, *NOT_GROUPS]:
+        rows = experiment(f"contrast-{name}")
+        for dim, arm in dict.fromkeys((row["dim"], row["arm"]) for row in rows):
+            if arm not in CONTROLS_OF:
+                continue
+
+            def of(figure: str, arm: str = arm, dim: str = dim, rows: list[Row] = rows) -> str:
+                some = [row for row in rows if (row["dim"], row["arm"]) == (dim, arm)]
+                values = [float(row[figure]) for row in some]
+                return mean_and_interval(values) if values else ""
+
+            controls = [of("gap_ratio", other) for other in (CONTROLS_OF[arm], "SimCLR without")]
+            stronger = min(filter(None, controls), default="")
+            table.append([name, dim, arm, of("gap_ratio"), stronger])
+            table[-1] += [of("rotation_share"), of("effective_rank")]
+    return table
+
+
+def contrasts_of(name: str) -> Table:
+    """The figures of all arms in 16 dimensions."""
+    rows = experiment(f"contrast-{name}", dim="16")
+    columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
+    columns |= {"composition": "composition_share", "rank": "effective_rank", "kNN": "kNN"}
+    return over_seeds(rows, columns, "arm", show=rounded)
+
+
+def contrast_uses_of(name: str) -> Table:
+    """What the action of the circle gives, fitted to the embeddings of each arm."""
+    rows = experiment(f"contrast-{name}", dim="16")
+    columns = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
+    found = "kNN, embedding", "kNN, invariants", "probe, embedding", "probe, invariants"
+    columns |= same(*(column for column in found if column in rows[0]))
+    table = over_seeds(rows, columns, "arm", show=rounded)
+    table[0].insert(1, "multiplicities, seeds")
+    for line in table[1:]:
+        some = [row for row in rows if row["arm"] == line[0]]
+        line.insert(1, counted(some, lambda row: row["multiplicities"].replace(" ", ", ")))
+    return table
+
+
+def contrast_settings() -> Table:
+    """Gap ratios, and the share of the displacement that rotations explain, of one seed."""
+    rows = [
+        row | {"data": f"{name}, D = {row['dim']}", "setting": row["arm"]}
+        for name in ("clouds", "molecules", "sprites")
+        for row in experiment(f"contrast-settings-{name}")
+        if row["arm"] != "untrained"
+    ]
+    return pivot(
+        rows,
+        "data",
+        lambda row: f"{rounded(row['gap_ratio'])}, {rounded(row['rotation_share'])}",
+        "setting",
+    )
+
+
+NOT_GROUPS = ("crops", "stretches")
 GROUPS = ("clouds", "sprites", "hues", "molecules", "proteins")
 OF_SPACE = ("clouds", "molecules", "proteins")
 MAX_PROBED_IMAGES = ("orientations", "similarities")
@@ -541,6 +605,10 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-circle": partial(circles, name) for name in ("upright", "sprites", "hues")},
     "clouds-longer": partial(dimensions, "longer/representation-clouds"),
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
+    "contrast": losses_compared,
+    "contrast-settings": contrast_settings,
+    **{f"contrast-{name}": partial(contrasts_of, name) for name in (*GROUPS, *NOT_GROUPS)},
+    **{f"contrast-uses-{name}": partial(contrast_uses_of, name) for name in GROUPS},
     **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},
     **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in MAX_PROBED_IMAGES},
     "similarities-longer": partial(probes_of, "longer/probe-similarities"),

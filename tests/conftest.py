@@ -32,6 +32,8 @@ def pytest_collection_modifyitems(config, items):
     beyond = importlib.import_module("pretend").BEYOND if name == "pretend" else ()
     kept, left_out = [], []
     for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.filterwarnings("error:the halves of chunks should have"))
         if name == "cpu":
             runs = deep or not item.get_closest_marker("deep")
         else:

@@ -33,6 +33,7 @@ def serve(rank, world, rendezvous, tasks, results):
         timeout=datetime.timedelta(seconds=60),
     )
     warnings.simplefilter("error")  # pytest's filters do not reach this process
+    warnings.filterwarnings("ignore", message="the halves of chunks should have")
     warnings.filterwarnings("ignore", message="`torch.jit.script")
     warnings.filterwarnings("ignore", message="`torch._prims_common.check` is deprecated")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")

@@ -30,7 +30,6 @@ from care_loss.sphere import normalize
 from care_loss.views import augment_chunks
 
 FLOAT64 = torch.float64
-few_rows = pytest.mark.filterwarnings("ignore:the halves of chunks should have")
 IDS = torch.tensor([4, 9, 4, 4, 9, 9, 4, 9, 4, 9, 9, 4, 9])  # six rows, and seven
 CUTS = {  # of 13 rows, with their ids
     "one chunk": (1, torch.zeros(13)),
@@ -56,7 +55,6 @@ def planted(sizes, d, seed=0, reflect=False):
 # Values
 
 
-@few_rows
 @pytest.mark.parametrize("special", [True, False])
 @every_cut
 def test_the_value_is_that_of_a_loop(chunks, ids, special):
@@ -83,7 +81,6 @@ def test_reflections_are_predicted_over_all_orthogonal_maps_only():
 
 
 @every_cut
-@few_rows
 def test_no_row_is_predicted_by_a_fit_that_has_seen_it(chunks, ids):
     z, turned = normal(2, 13, 2)
     jacobian = torch.func.jacrev(lambda v: cross_fitted(z, v, chunks=chunks))(turned)
@@ -97,7 +94,6 @@ def test_no_row_is_predicted_by_a_fit_that_has_seen_it(chunks, ids):
                 assert depends or sizes[row, j] == 0
 
 
-@few_rows
 def test_the_order_of_chunks_and_of_rows_in_halves_changes_nothing():
     z, turned = normal(2, 13, 2)
     expected = cross_fitted(z, turned, chunks=IDS)
@@ -114,7 +110,6 @@ def test_the_order_of_chunks_and_of_rows_in_halves_changes_nothing():
     torch.testing.assert_close(cross_fitted(z, turned, chunks=names), expected, rtol=0, atol=1e-14)
 
 
-@few_rows
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 def test_an_int_means_the_chunks_of_the_views(chunks):
     z = normal(14, 2)
@@ -125,7 +120,6 @@ def test_an_int_means_the_chunks_of_the_views(chunks):
     torch.testing.assert_close(cross_fitted(z, turned, chunks=ids), normalize(turned))
 
 
-@few_rows
 @every_cut
 def test_leading_dimensions_are_batches(chunks, ids):
     z, turned = normal(2, 3, 2, 13, 2)
@@ -140,7 +134,6 @@ def test_leading_dimensions_are_batches(chunks, ids):
 # What right predictions mean
 
 
-@few_rows
 @given(st.integers(2, 8), st.integers(1, 8), st.booleans(), seeds)
 def test_right_predictions_are_those_of_one_rotation_of_halves_that_span_the_same(
     d, rank, special, seed
@@ -157,7 +150,6 @@ def test_right_predictions_are_those_of_one_rotation_of_halves_that_span_the_sam
     assert equivariance_loss(rows, turned) > 1e-4
 
 
-@few_rows
 def test_halves_that_span_different_subspaces_may_be_predicted_wrongly():
     rows = torch.zeros(8, 4, dtype=FLOAT64)
     rows[::2, :2], rows[1::2, 2:] = normal(2, 4, 2)
@@ -166,7 +158,6 @@ def test_halves_that_span_different_subspaces_may_be_predicted_wrongly():
     assert (cross_fitted(rows, turned, chunks=1) - normalize(turned)).norm(dim=-1).max() > 0.1
 
 
-@few_rows
 def test_a_fit_explains_its_own_rows_whatever_they_are():
     rows, turned = orthogonal(16, 0)[:8], orthogonal(16, 1)[:8]
     assert fit_rotation(rows, turned, special=True).residual < 1e-12
@@ -174,7 +165,6 @@ def test_a_fit_explains_its_own_rows_whatever_they_are():
     assert missed.norm(dim=-1).mean() > 1  # of orthogonal rows: 1.4
 
 
-@few_rows
 def test_zero_rows_and_nan_stay_where_they_are():
     z, turned = normal(2, 16, 2)
     z[1] = 0
@@ -217,7 +207,6 @@ def test_float32_predicts_planted_rotations_to_rounding(device):
 # Derivatives
 
 
-@few_rows
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("chunks", [1, 2, IDS[:11]], ids=["one chunk", "two chunks", "ids"])
 def test_gradients_of_both_orders(chunks, special):

@@ -19,6 +19,10 @@ RUNS = {  # each experiment and each group, with the files of results that it wr
     "circle --arm apart --group upright": ("circle-upright",),
     "probe --arm apart": ("probe-orientations", "probe-similarities"),
     "several --arm 'separate views'": ("several",),
+    "contrast --part arms --group crops sprites --dim 16 --arm 'rotation contrast'": (
+        "contrast-crops",
+        "contrast-sprites",
+    ),
 }
 # Of a run that is long, the part that make test takes; make test-deep takes all of it.
 LONG = {"ordinary_views --group proteins"}

@@ -149,8 +149,12 @@ def trained(
     dim: int = DIM,
     make_arms: Callable[[Group, float], dict[str, Arm]] = arms,
     rate: float = RATE,
+    kept: Path | None = None,
 ) -> Iterator[tuple[dict[str, object], nn.Module]]:
-    """Yield the untrained encoder, and one for each arm and weight, with what a row says of it."""
+    """Yield the untrained encoder, and one for each arm and weight, with what a row says of it.
+
+    With a folder `kept`, encoders are written there, and those that are there are not trained.
+    """
     untrained = group.network(dim)
     with torch.no_grad():
         for _ in range(20):  # the statistics that batch normalisation needs in eval mode
@@ -159,7 +163,14 @@ def trained(
     for name, weight in tqdm(runs, desc="arms", leave=False):
         torch.manual_seed(seed)
         encoder, arm = deepcopy(untrained), make_arms(group, weight)[name]
-        train(arm, group, encoder, steps, rate)
+        path = kept and kept / f"{name}, {dim} dimensions, seed {seed}, {steps} steps.pt"
+        if path and path.exists():
+            encoder.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            train(arm, group, encoder, steps, rate)
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(encoder.state_dict(), path)
         yield {"arm": name, "weight": weight, "forwards": arm.forwards}, encoder
 
 
@@ -200,13 +211,14 @@ def measured(
     weight: float = WEIGHT,
     make_arms: Callable[[Group, float], dict[str, Arm]] = arms,
     rate: float = RATE,
+    kept: Path | None = None,
 ) -> list[dict[str, object]]:
     """Train arms with one weight; return a row of measures for each, and for no training."""
     torch.manual_seed(seed)
     group = make()
     rows = []
     runs = [(name, weight) for name in names]
-    for row, encoder in trained(group, runs, seed, steps, dim, make_arms, rate):
+    for row, encoder in trained(group, runs, seed, steps, dim, make_arms, rate, kept):
         torch.manual_seed(seed)  # all are measured with the same draws
         for measure_of in measures:
             row |= measure_of(encoder, group)

@@ -13,6 +13,7 @@ from common import Group, Transform, read
 from torch import Tensor, nn
 
 from care_loss.rotation import random_orthogonal
+from care_loss.sphere import normalize
 
 TEMPLATES, COPIES = 50, 8
 
@@ -97,15 +98,50 @@ class DeepSets(nn.Sequential):
         there = clouds[..., 3:].any(-1)
         features = torch.zeros(*there.shape, self.width)
         features[there] = points(clouds[there])
-        z: Tensor = head(features.sum(1) / there.sum(1, keepdim=True))
+        z: Tensor = head(features.sum(1) / there.sum(1, keepdim=True).clamp_min(1))
         return z
 
 
-def clouds() -> Group:
+def draw_clouds() -> tuple[Tensor, ...]:
+    """Return clouds for training and for measuring."""
     place = torch.randn(2 * TEMPLATES, POINTS, 3)
     kind = torch.eye(KINDS)[torch.randint(KINDS, (2 * TEMPLATES, POINTS))]
-    templates = torch.cat((place - place.mean(1, keepdim=True), kind), -1)
-    return group(*templates.chunk(2), turn, own_turns, jitter, DeepSets, *AXES)
+    return torch.cat((place - place.mean(1, keepdim=True), kind), -1).chunk(2)
+
+
+def clouds() -> Group:
+    return group(*draw_clouds(), turn, own_turns, jitter, DeepSets, *AXES)
+
+
+# Augmentations that cannot act as rotations of the embedding: a crop, which removes points beyond a
+# plane, has no inverse, and the powers of a stretch along an axis have no bound.
+
+
+def crop(clouds: Tensor, direction: Tensor) -> Tensor:
+    """Remove the points that lie further than half a unit from the origin in a direction."""
+    beyond = (clouds[..., :3] * direction).sum(-1, keepdim=True) > 0.5
+    return clouds.masked_fill(beyond, 0)
+
+
+def stretch(clouds: Tensor, direction: Tensor) -> Tensor:
+    """Double the distances along a direction."""
+    along = (clouds[..., :3] * direction).sum(-1, keepdim=True) * direction
+    return torch.cat((clouds[..., :3] + along, clouds[..., 3:]), -1)
+
+
+def not_a_group(change: Callable[[Tensor, Tensor], Tensor]) -> Group:
+    """Return clouds that are changed in a random direction, which is the same for all or not."""
+
+    def directed(clouds: Tensor, count: int) -> Tensor:
+        return change(clouds, normalize(torch.randn(count, 1, 3)))
+
+    return group(
+        *draw_clouds(),
+        lambda some: directed(some, 1),
+        lambda some: directed(some, len(some)),
+        jitter,
+        DeepSets,
+    )
 
 
 # Shapes of infinite dSprites: the upright shape, and a channel that starts with its pose, in which
@@ -344,4 +380,8 @@ def proteins() -> Group:
 
 GROUPS: dict[str, Callable[[], Group]] = {"clouds": clouds, "sprites": sprites, "hues": hues}
 GROUPS |= {"molecules": molecules, "proteins": proteins}
+NOT_GROUPS: dict[str, Callable[[], Group]] = {
+    "crops": partial(not_a_group, crop),
+    "stretches": partial(not_a_group, stretch),
+}
 MARKED = {"orientations": orientations, "similarities": similarities}
