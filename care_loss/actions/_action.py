@@ -27,8 +27,8 @@ class Pose(NamedTuple):
     """The element of a group that takes one embedding nearest to another.
 
     Attributes:
-        element: The element: an angle in (-pi, pi] for the circle, `(*)`, and a matrix for rotations
-            of space, `(*, 3, 3)`.
+        element: The element: for the circle an angle in (-pi, pi], `(*)`, for rotations of space a
+            matrix, `(*, 3, 3)`.
         gap: How much worse the next best local optimum is, in [0, 1], `(*)`.
     """
 
@@ -39,8 +39,8 @@ class Pose(NamedTuple):
 class Action(nn.Module):
     """A representation of a group on embeddings, in an orthonormal basis."""
 
-    label: str  # what tells irreducible parts apart, for errors
-    element_ndim: int  # the dimensions of one element
+    _label: str  # what tells irreducible parts apart, for errors
+    _element_ndim: int  # the dimensions of one element
     basis: Tensor
     multiplicity: Tensor
     explained: Tensor
@@ -48,7 +48,7 @@ class Action(nn.Module):
 
     def __init__(self, basis: Tensor, multiplicity: Tensor | Sequence[int]) -> None:
         super().__init__()
-        self._counts = self.as_counts(multiplicity)
+        self._counts = self._as_counts(multiplicity)
         self._check_basis(basis)
         counts = torch.tensor(self._counts, device=basis.device)
         nan = torch.tensor(torch.nan, dtype=basis.dtype, device=basis.device)
@@ -75,7 +75,7 @@ class Action(nn.Module):
         Returns:
             Rotations in the dtype of the basis, `(*, D, D)`.
         """
-        g = self._as_elements("g", g).unsqueeze(-1 - self.element_ndim)
+        g = self._as_elements("g", g).unsqueeze(-1 - self._element_ndim)
         x = exact(self.basis)
         identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
         return self._moved(identity, g).to(self.basis.dtype)
@@ -94,7 +94,7 @@ class Action(nn.Module):
         """
         self._check_rows(z=z)
         g = self._as_elements("g", g)
-        as_broadcast("z", z.shape[:-1], "g", g.shape[: g.ndim - self.element_ndim])
+        as_broadcast("z", z.shape[:-1], "g", g.shape[: g.ndim - self._element_ndim])
         return self._moved(exact(z), g).to(z.dtype)
 
     def parts(self, z: Tensor) -> dict[int, Tensor]:
@@ -158,24 +158,24 @@ class Action(nn.Module):
         return self._moved(exact(z1), self._power(self._or_neutral(element), t)).to(z1.dtype)
 
     @staticmethod
-    def size(k: int) -> int:
+    def _size(k: int) -> int:
         """Return the dimension of an irreducible part."""
         raise NotImplementedError
 
     @classmethod
-    def width(cls, counts: Sequence[int]) -> int:
+    def _width(cls, counts: Sequence[int]) -> int:
         """Return the number of directions that multiplicities make."""
-        return sum(m * cls.size(k) for k, m in enumerate(counts))
+        return sum(m * cls._size(k) for k, m in enumerate(counts))
 
     @classmethod
-    def as_counts(cls, multiplicity: Any) -> tuple[int, ...]:
+    def _as_counts(cls, multiplicity: Any) -> tuple[int, ...]:
         """Require integers >= 0, not all 0, and return them as a tuple."""
         counts = multiplicity.tolist() if isinstance(multiplicity, Tensor) else multiplicity
         is_list = isinstance(counts, (list, tuple))
         if not is_list or not all(is_int(m) and m >= 0 for m in counts) or not any(counts):
             raise ValueError(
                 "`multiplicity` must be integers >= 0 of shape (K + 1,), not all 0, got "
-                f"{counts if is_list else show(multiplicity)}: pass how often each {cls.label} 0, "
+                f"{counts if is_list else show(multiplicity)}: pass how often each {cls._label} 0, "
                 "1, ..., K occurs."
             )
         return tuple(int(m) for m in counts)
@@ -219,10 +219,10 @@ class Action(nn.Module):
 
     def _split(self, y: Tensor) -> dict[int, Tensor]:
         """Split turning coordinates into `(*, m_k, size)` for each k that occurs."""
-        sizes = [self._counts[k] * self.size(k) for k in self._turning]
+        sizes = [self._counts[k] * self._size(k) for k in self._turning]
         blocks = y.split(sizes, -1) if sizes else ()
         return {
-            k: block.unflatten(-1, (self._counts[k], self.size(k)))
+            k: block.unflatten(-1, (self._counts[k], self._size(k)))
             for k, block in zip(self._turning, blocks, strict=True)
         }
 
@@ -244,7 +244,7 @@ class Action(nn.Module):
     def _best(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
         x, y = normalize(exact(z1)), normalize(exact(z2))
         first, second = self._parts(x), self._parts(y)
-        ones = [1] * self.element_ndim
+        ones = [1] * self._element_ndim
         if not self._turning:
             zero = (x * y).sum(-1).detach() * 0
             return zero.view(*zero.shape, *ones) * self._neutral(x) + torch.nan, zero
@@ -269,12 +269,12 @@ class Action(nn.Module):
     def _check_basis(self, basis: Any) -> None:
         """Require orthonormal columns `(D, D')`, as many as the multiplicities make."""
         check_floating("basis", basis)
-        width = self.width(self._counts)
+        width = self._width(self._counts)
         if basis.ndim != 2 or basis.shape[1] != width or len(basis) < width:
             raise ValueError(
                 f"`basis` must have shape (D, {width}) with D >= {width} for the multiplicities "
                 f"{list(self._counts)}, got {tuple(basis.shape)}: pass one column per direction, "
-                f"ordered by {self.label}."
+                f"ordered by {self._label}."
             )
         identity = torch.eye(width, dtype=basis.dtype, device=basis.device)
         deviation = read_on_cpu(basis, lambda b: float((b.mT @ b - identity).abs().max()))

@@ -61,8 +61,8 @@ class CircleAction(Action):
         tensor([5., 1.])
     """
 
-    label = "frequency"
-    element_ndim = 0
+    _label = "frequency"
+    _element_ndim = 0
     _units: Tensor
     _speeds: Tensor
 
@@ -76,7 +76,7 @@ class CircleAction(Action):
             self.register_buffer(name, whole, persistent=False)
 
     @staticmethod
-    def size(k: int) -> int:
+    def _size(k: int) -> int:
         """Return the dimension of an irreducible part: two for a plane."""
         return 2 if k else 1
 

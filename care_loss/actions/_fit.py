@@ -84,10 +84,10 @@ def fit_action(
     subspace: float | None,
 ) -> Fitted:
     """Fit the action of a group; see `fit_circle` for the arguments."""
-    given = None if multiplicity is None else turns.action.as_counts(multiplicity)
+    given = None if multiplicity is None else turns.action._as_counts(multiplicity)
     # Decompositions of this size are fastest on the CPU, and complex ones not on every device.
     moments = moments_of(z.detach(), z_turned.detach())
-    width = None if given is None else turns.action.width(given)
+    width = None if given is None else turns.action._width(given)
     directions = principal_directions(moments, z, width, subspace)
     directions, halves = subspace_of(moments, directions, given is None and subspace is None)
     cross = directions.mT @ moments.cross @ directions
@@ -125,7 +125,7 @@ def _multiplicities(rotations: Tensor, turns: Turns[Fitted]) -> tuple[int, ...]:
     for highest in turns.highest():
         characters = turns.characters(highest)
         found = torch.linalg.lstsq(characters, traces.unsqueeze(-1), driver="gelsd").solution
-        sizes = [turns.action.size(k) for k in range(highest + 1)]
+        sizes = [turns.action._size(k) for k in range(highest + 1)]
         counts = nearest_counts(found.squeeze(-1), sizes, d)
         error = float((traces - characters @ counts.to(characters)).square().sum())
         if error < 0.99 * least - 1e-12:
@@ -169,7 +169,7 @@ def _means(
     found, place = [], 0
     for k, m in enumerate(counts):
         if m:
-            size = turns.action.size(k)
+            size = turns.action._size(k)
             part = ideal[:, place : place + size, place : place + size]
             mean = torch.einsum("tij,tab->iajb", part, rotations) / len(rotations)
             found.append((mean + mean.permute(2, 3, 0, 1)) / 2)
@@ -224,8 +224,8 @@ def _warn(action: Action, turns: Turns[Fitted]) -> None:
     explained = float(action.explained)
     if not any(action.multiplicity.tolist()[1:]):
         warnings.warn(
-            f"{turns.fit_name} found {action.label} 0 only: the turns do not move these embeddings "
-            "by any rotation that follows the elements of the group, and all poses are NaN.",
+            f"{turns.fit_name} found {action._label} 0 only: the turns do not move these "
+            "embeddings by rotations that follow the group, and all poses are NaN.",
             stacklevel=4,
         )
     elif explained < 0.5:
@@ -233,7 +233,7 @@ def _warn(action: Action, turns: Turns[Fitted]) -> None:
             f"the action that {turns.fit_name} found explains {explained:.2f} of the displacement "
             f"of held-out embeddings (free rotations: {float(action.explained_free):.2f}): poses "
             "and invariants mean little. Measure the encoder with metrics.equivariance_report, or "
-            f"try more turns and a higher {action.label} if free rotations explain far more.",
+            f"try more turns and a higher {action._label} if free rotations explain far more.",
             stacklevel=4,
         )
 

@@ -4,7 +4,7 @@ For the pose between rows y and w the function is :math:`h(g) = \sum_l \langle D
 \rangle` with :math:`M^l = \sum_i y_{li}^\top w_{li}`. Along any axis, it is a trigonometric
 polynomial of the angle of degree L, the highest that occurs. With the range 2r of h, M. Riesz'
 lemma gives :math:`h(g^* \exp x) \ge h(g^*) - r (1 - \cos L |x|)` for :math:`|x| \le \pi / L`: near
-its maximum h is not narrower than a wave of degree L. So h is first computed on :math:`48 L^3`
+its maximum h is not narrower than a wave of degree L. So h is first computed on :math:`64 L^3`
 rotations that cover the group evenly, the nearest of which is at most :math:`1.2 / L` away. Peaks
 among these are ordered by the height that Newton's method predicts there, and the highest climbed.
 """
@@ -20,17 +20,17 @@ from care_loss._numerics import exact
 from care_loss._polar import polar
 from care_loss.actions._spherical import couplings, generators, wigner
 
-STARTS = 48  # for degree 1; the volume of what one has to cover falls as the cube of the degree
+STARTS = 64  # for degree 1; the volume of what one has to cover falls as the cube of the degree
 NEIGHBOURS = 6  # that a peak among the starts exceeds
 PEAKS = 16  # for which Newton's method predicts the height
-CLIMBED = 6  # of these
+CLIMBED = 8  # of these
 STEPS = (3, 6)  # for all of these, and for the best one
 PLASTIC = 1.533751168755204  # the root of x^4 = x + 4
 
 
 @lru_cache
 def starts(degree: int) -> tuple[Tensor, Tensor]:
-    """Return rotations that cover the group evenly, `(48 L^3, 3, 3)`, and their nearest ones.
+    """Return rotations that cover the group evenly, `(64 L^3, 3, 3)`, and their nearest ones.
 
     References:
         Alexa, Super-Fibonacci spirals: fast, low-discrepancy sampling of SO(3), CVPR, 2022.
@@ -101,26 +101,28 @@ def highest(
     degrees = list(products)
     known = {k: m.detach() for k, m in products.items()}
     jets = _jets(known, squares)
-    top = degrees[-1]
+    top, gap = degrees[-1], None
     found = [polar(known[1], special=True, full=True)[0].unsqueeze(-3)] if 1 in known else []
     if top > 1:
         peaks, lowest = _peaks(jets, grid, 1 / top)
         found.append(peaks)
     g = torch.cat(found, -3)
     g, jet = _climbed(g, jets, squares, degrees, STEPS[0])
-    heights = _promised(jet, 1 / top)
     # Of optima that are equal but for rounding, the one nearest to the identity is taken.
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
-    place = (heights + 8 * eps * trace).argmax(-1, keepdim=True)
-    best, height = _taken(g, place), heights.gather(-1, place)
-    gap = torch.ones_like(height)
+    place = (jet[..., 0] + 8 * eps * trace).argmax(-1, keepdim=True)
     if top > 1:
-        same = (best.mT @ g).diagonal(dim1=-2, dim2=-1).sum(-1) > 1 + 2 * math.cos(0.5 / top)
-        other = heights.masked_fill(same, -torch.inf).amax(-1, keepdim=True)
-        gap = ((height - other) / (height - lowest)).clamp(0, 1).masked_fill(same.all(-1, True), 1)
-    best = near_rotation(best)
+        other = jet[..., 0].masked_fill(_same(g, _taken(g, place), top), -torch.inf)
+        place = torch.cat((place, other.argmax(-1, keepdim=True)), -1)
+        alone = (other == -torch.inf).all(-1)
+    best = near_rotation(_taken(g, place))
     best, jet = _climbed(best, jets, squares, degrees, STEPS[1])
-    best, jet = near_rotation(best.squeeze(-3)), jet.squeeze(-2)
+    if top > 1:
+        heights = jet[..., 0]
+        gap = (heights[..., 0] - heights[..., 1]) / (heights[..., 0] - lowest)
+        alone = alone | _same(best, best[..., :1, :, :], top)[..., 1]
+        gap = gap.clamp(0, 1).masked_fill(alone, 1)
+    best, jet = near_rotation(best[..., 0, :, :]), jet[..., 0, :]
     # A step of Newton's method from the optimum leaves it where it is, and has its derivative:
     # that of the slope, divided by the curvature, as the implicit function theorem says.
     slope = _slope(products, best, squares)
@@ -129,7 +131,9 @@ def highest(
     unit = torch.where(size > 0, 1e-11 * size, 1)
     step = _solved(_plus(curvature, unit), slope)
     flat = _least(curvature) <= 64 * eps * size
-    return best @ _turn(step), gap.masked_fill(flat, 0).squeeze(-1)
+    if gap is None:
+        gap = torch.ones_like(size.squeeze(-1))
+    return best @ _turn(step), gap.masked_fill(flat.squeeze(-1), 0)
 
 
 def _entries(g: Tensor, squares: Sequence[Tensor], degrees: Sequence[int]) -> Tensor:
@@ -158,7 +162,9 @@ def _jets(products: dict[int, Tensor], squares: Sequence[Tensor]) -> Tensor:
     return torch.cat(found, -2)
 
 
-def _peaks(jets: Tensor, grid: tuple[Tensor, Tensor, Tensor], radius: float) -> tuple[Tensor, Tensor]:
+def _peaks(
+    jets: Tensor, grid: tuple[Tensor, Tensor, Tensor], radius: float
+) -> tuple[Tensor, Tensor]:
     """Return the peaks of the grid that promise most, `(*, K, 3, 3)`, and the lowest value."""
     rotations, near, entries = grid
     values = jets[..., 0].to(entries) @ entries.mT
@@ -168,7 +174,7 @@ def _peaks(jets: Tensor, grid: tuple[Tensor, Tensor, Tensor], radius: float) -> 
     height, index = values.masked_fill(values < around, -torch.inf).topk(PEAKS, -1)
     jet = (entries[index] @ jets.to(entries)).masked_fill(height.unsqueeze(-1) == -torch.inf, 0)
     chosen = index.gather(-1, _promised(jet, radius).topk(CLIMBED, -1).indices)
-    return exact(rotations)[chosen], values.amin(-1, keepdim=True).to(jets)
+    return exact(rotations)[chosen], values.amin(-1).to(jets)
 
 
 def _climbed(
@@ -224,6 +230,11 @@ def _turn(v: Tensor) -> Tensor:
     scale = 1 + v.square().sum(-1)[..., None, None] / 4
     identity = torch.eye(3, dtype=v.dtype, device=v.device)
     return identity + (skew + skew @ skew / 2) / scale
+
+
+def _same(g: Tensor, best: Tensor, top: int) -> Tensor:
+    """Tell which rotations `(*, K, 3, 3)` are at the peak of the best, `(*, 1, 3, 3)`."""
+    return (best.mT @ g).diagonal(dim1=-2, dim2=-1).sum(-1) > 1 + 2 * math.cos(0.5 / top)
 
 
 def _taken(g: Tensor, place: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from care_loss._checks import check_floating, check_on_device, is_int, read_on_cpu, show
 from care_loss._numerics import exact
-from care_loss._polar import polar
 from care_loss.actions._action import Action, Pose
 from care_loss.actions._fit import MAX_CONDITION, Turns, check_turns, fit_action
 from care_loss.actions._highest import (
@@ -82,8 +81,8 @@ class SO3Action(Action):
         tensor([5., 1.])
     """
 
-    label = "degree"
-    element_ndim = 2
+    _label = "degree"
+    _element_ndim = 2
     _couplings: Tensor
     _starts: Tensor
     _neighbours: Tensor
@@ -107,7 +106,7 @@ class SO3Action(Action):
             self.register_buffer(name, x.to(basis.device, copy=True), persistent=False)
 
     @staticmethod
-    def size(k: int) -> int:
+    def _size(k: int) -> int:
         """Return the dimension of an irreducible part."""
         return 2 * k + 1
 
@@ -117,7 +116,7 @@ class SO3Action(Action):
         .. math:: \arg\max_g \langle z_1 R_g, z_2 \rangle
 
         The lengths of the embeddings do not matter. All degrees count. Newton's method starts from
-        the highest peaks among :math:`48 L^3` rotations that cover the group evenly, where L is the
+        the highest peaks among :math:`64 L^3` rotations that cover the group evenly, where L is the
         highest degree that occurs, and from the fit to the vectors of degree 1. If one embedding is
         the other one turned, the result is that turn. For embeddings that are unrelated, it is the
         global optimum, but for about one of 1000 if the degree 3 occurs alone and once.
@@ -125,7 +124,7 @@ class SO3Action(Action):
         It is equivariant: if `z1` turns by a and `z2` by b, the pose g becomes :math:`a^{-1} g b`.
 
         The gradient is that of the implicit function theorem, of first order only. It grows without
-        bound where the optimum becomes flat. A pair takes memory for :math:`48 L^3` numbers.
+        bound where the optimum becomes flat. A pair takes memory for :math:`64 L^3` numbers.
 
         Args:
             z1: Embeddings, `(*, D)`.
@@ -191,7 +190,7 @@ class SO3Action(Action):
         matrices = wigner(g, self._squares())
         blocks = [block @ matrices[k - 1] for k, block in self._split(y).items()]
         if not blocks:
-            return y
+            return y.expand(*torch.broadcast_shapes(y.shape[:-1], g.shape[:-2]), 0)
         return torch.cat([block.flatten(-2) for block in blocks], -1)
 
     def _optimum(self, products: dict[int, Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:

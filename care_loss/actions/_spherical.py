@@ -66,7 +66,7 @@ def couplings(max_degree: int) -> list[Tensor]:
 def coefficients(squares: Tensor, like: Tensor) -> Tensor:
     """Return the coefficients whose squares are given by :func:`coupling`, to rounding."""
     degree = (squares.shape[-1] - 1) // 2
-    size = (squares.abs() / (4 * degree * (2 * degree - 1))).to(like)
+    size = squares.abs().to(like) / (4 * degree * (2 * degree - 1))
     return squares.sign() * size.sqrt()
 
 
@@ -87,7 +87,7 @@ def wigner(g: Tensor, squares: Sequence[Tensor]) -> list[Tensor]:
 
 
 def generators(squares: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Return the derivatives of :func:`wigner` by the rotation vector v at 0, `(3, 2l + 1, 2l + 1)`.
+    """Return the derivatives of :func:`wigner` by the rotation vector v, `(3, 2l + 1, 2l + 1)`.
 
     Rows x become x + v × x to first order in v, so the generator a of degree 1 has e_a × e_b in row
     b. A product has the sum of the derivatives of its factors.
