@@ -118,8 +118,8 @@ def _refuse_reflections(moments: Moments, directions: Tensor, values: Tensor) ->
         raise ValueError(
             "`z_turned` must be rotations of `z`, got reflections: for "
             f"{turns} of {t} turns, a map of determinant -1 fits, and no rotation does. "
-            "A sign that changes (an eigenvalue -1) belongs to no action of a connected group: look "
-            "for a flip among the augmentations, or pass more turns."
+            "A sign that changes (an eigenvalue -1) belongs to no action of these groups: look for "
+            "a flip among the augmentations, or pass more turns."
         )
 
 

@@ -30,13 +30,13 @@ def coupling(degree: int) -> Tensor:
     pairs = torch.zeros(3, 2 * below + 1, 2 * degree + 1, dtype=torch.complex128, device="cpu")
     for m in range(-degree, degree + 1):
         scale = 2 * degree * (2 * degree - 1)
-        for a, square in {
+        for a, numerator in {
             -1: (degree - m - 1) * (degree - m),
             0: 2 * (degree - m) * (degree + m),
             1: (degree + m - 1) * (degree + m),
         }.items():
             if abs(m - a) <= below:
-                pairs[a + 1, m - a + below, m + degree] = math.sqrt(square / scale)
+                pairs[a + 1, m - a + below, m + degree] = math.sqrt(numerator / scale)
     one, two, three = (_real_harmonics(k) for k in (1, below, degree))
     c = torch.einsum("xa,yb,zc,abc->xyz", one, two, three.conj(), pairs).real
     return (c.sign() * c.square() * 4 * degree * (2 * degree - 1)).round().long()
@@ -49,13 +49,13 @@ def _real_harmonics(degree: int) -> Tensor:
     function; the real ones √2 sin |m|φ for m < 0 and √2 cos mφ for m > 0.
     """
     size = 2 * degree + 1
-    rows = torch.zeros(size, size, dtype=torch.complex128, device="cpu")
-    rows[degree, degree] = 1
+    real, imaginary = torch.zeros(2, size, size, dtype=torch.float64, device="cpu")
+    real[degree, degree] = 1
     for m in range(1, degree + 1):
         plus, minus, sign = degree + m, degree - m, (-1) ** m
-        rows[plus, plus], rows[plus, minus] = sign * math.sqrt(0.5), math.sqrt(0.5)
-        rows[minus, plus], rows[minus, minus] = -1j * sign * math.sqrt(0.5), 1j * math.sqrt(0.5)
-    return rows
+        real[plus, plus], real[plus, minus] = sign * math.sqrt(0.5), math.sqrt(0.5)
+        imaginary[minus, plus], imaginary[minus, minus] = -sign * math.sqrt(0.5), math.sqrt(0.5)
+    return torch.complex(real, imaginary)
 
 
 def couplings(max_degree: int) -> list[Tensor]:
@@ -94,10 +94,10 @@ def generators(squares: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """
     one = like.new_zeros(3, 3, 3)
     for a, b, c in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-        one[a, b, c], one[a, c, b] = 1, -1
+        one[a, b, c], one[a, c, b] = 1.0, -1.0
     found = [one]
-    for square in squares:
-        c = coefficients(square, like)
+    for degree_squares in squares:
+        c = coefficients(degree_squares, like)
         left = torch.einsum("tab,aim,bin->tmn", one, c, c)
         right = torch.einsum("tij,aim,ajn->tmn", found[-1], c, c)
         found.append(left + right)
