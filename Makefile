@@ -70,7 +70,7 @@ wheel: $(RUN)  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests that know nothing of the checkout, against the wheel in an environment of its own.
-WHEEL_TESTS = functional autograd theorems modules recipes views errors errors_geometry sphere sphere_paths sphere_mean rotation rotation_group rotation_precision rotation_uniqueness similarity cross_fitted actions metrics report report_errors report_sampling compare monitor distributed distributed_errors distributed_torch
+WHEEL_TESTS = functional autograd theorems modules recipes views errors errors_geometry sphere sphere_paths sphere_mean rotation rotation_group rotation_precision rotation_uniqueness similarity cross_fitted actions actions_so3 metrics report report_errors report_sampling compare monitor distributed distributed_errors distributed_torch
 test-wheel: wheel  ## test the wheel in an environment of its own
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -r tests pyproject.toml build/wheel

@@ -117,9 +117,9 @@ def _refuse_reflections(moments: Moments, directions: Tensor, values: Tensor) ->
         turns = int((values[..., -1] < 0).any(0).sum())
         raise ValueError(
             "`z_turned` must be rotations of `z`, got reflections: for "
-            f"{turns} of {t} angles, a map of determinant -1 fits, and no rotation does. "
-            "A sign that changes (an eigenvalue -1) belongs to no action of the circle: look for a "
-            "flip among the augmentations, or pass more angles."
+            f"{turns} of {t} turns, a map of determinant -1 fits, and no rotation does. "
+            "A sign that changes (an eigenvalue -1) belongs to no action of these groups: look for "
+            "a flip among the augmentations, or pass more turns."
         )
 
 

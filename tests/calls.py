@@ -14,7 +14,7 @@ from care_loss import (
     rotation,
     sphere,
 )
-from care_loss.actions import CircleAction
+from care_loss.actions import CircleAction, SO3Action
 from care_loss.views import augment_chunks, shared_views
 
 Z1, Z2, Z3, Z4 = torch.randn(4, 12, 4, generator=torch.Generator().manual_seed(0))
@@ -24,6 +24,9 @@ IDS = torch.arange(12) % 5
 LONG = torch.arange(12) % 2 * 7  # ids of chunks of six rows
 WEIGHTS = torch.rand(12, generator=torch.Generator().manual_seed(0))
 R = rotation.nearest_orthogonal(Z1[:4], special=True)
+Z5, Z6 = torch.cat((Z1, Z2), 1), torch.cat((Z3, Z4), 1)
+R8 = rotation.nearest_orthogonal(Z5[:8])
+TURNS = rotation.nearest_orthogonal(torch.stack((Z1, Z2, Z3), 1)[..., :3], special=True)
 CIRCLE = torch.linalg.matrix_exp(
     (2 * torch.pi / 8 * torch.arange(8.0))[:, None, None] * torch.tensor([[0.0, 1], [-1, 0]])
 )
@@ -32,6 +35,11 @@ CIRCLE = torch.linalg.matrix_exp(
 def action(basis):
     """An action of the circle whose frequencies are 0, 1 and not 2."""
     return CircleAction(basis, [2, 1])
+
+
+def space(basis):
+    """An action of rotations of space whose degrees are 1 and 2."""
+    return SO3Action(basis, [0, 1, 1])
 
 
 # Each call with the tensors that it is given. A tensor of one number may stay on the CPU.
@@ -83,6 +91,13 @@ CALLS = {
     "CircleAction.invariants": (lambda r, x: action(r).invariants(x), R, Z1),
     "CircleAction.canonical": (lambda r, x: action(r).canonical(x), R, Z1),
     "CircleAction.interpolate": (lambda r, x, y: action(r).interpolate(x, y, 0.5), R, Z1, Z2),
+    "SO3Action.rotation": (lambda r, g: space(r).rotation(g), R8, TURNS),
+    "SO3Action.apply": (lambda r, x, g: space(r).apply(x, g), R8, Z5, TURNS),
+    "SO3Action.parts": (lambda r, x: list(space(r).parts(x).values()), R8, Z5),
+    "SO3Action.pose": (lambda r, x, y: space(r).pose(x, y), R8, Z5, Z6),
+    "SO3Action.invariants": (lambda r, x: space(r).invariants(x), R8, Z5),
+    "SO3Action.canonical": (lambda r, x: space(r).canonical(x), R8, Z5),
+    "SO3Action.interpolate": (lambda r, x, y: space(r).interpolate(x, y, 0.5), R8, Z5, Z6),
     "normalize": (sphere.normalize, Z1),
     "geodesic_distance": (sphere.geodesic_distance, *UNIT),
     "slerp": (sphere.slerp, *UNIT, T),

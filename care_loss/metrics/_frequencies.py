@@ -83,7 +83,7 @@ def frequencies(rotations: Tensor, angles: Tensor, *, shuffled: bool = False) ->
     squares = torch.where(squares > 1e-3, squares, torch.inf)
     traces = r.diagonal(dim1=-2, dim2=-1).sum(-1)
     multiplicity = traces @ waves / squares / torch.where(k > 0, 2, 1)
-    counts = nearest_counts(multiplicity, d)
+    counts = nearest_counts(multiplicity, [1, *[2] * (t // 2)], d)
     ks = k.repeat_interleave(counts)
     ks = torch.cat((ks, -ks[ks > 0]))
     wanted = _wrap(theta.unsqueeze(-1) * ks).sort().values
