@@ -5,8 +5,9 @@
 
 A step of SGD trains a ResNet-18 with a projection head on 256 images of 32 x 32 pixels, at the
 recipe of CIFAR-10. With two forwards, the views serve both losses; with three or four, the views
-whose augmentation is shared are forwards of their own. The views are made beforehand. Times are
-ratios to the step with lightly's loss, which has two forwards and no equivariance.
+whose augmentation is shared are forwards of their own. The rotation contrast has four chunks, the
+others 16. The views are made beforehand. Times are ratios to the step with lightly's loss, which
+has two forwards and no equivariance.
 """
 
 import argparse
@@ -29,15 +30,16 @@ from measuring import (
 from rivals import authors, import_torchvision
 from torch import Tensor, nn
 
-from care_loss import CAREloss, InfoNCELoss
+from care_loss import CAREloss, InfoNCELoss, RotationContrastLoss
 
-BATCH, DIM, CHUNKS = 256, 128, 16
+BATCH, DIM, CHUNKS, CHUNKS_TO_FIT = 256, 128, 16, 4
 TEMPERATURE, WEIGHT = 0.5, 0.01
 CONTENDERS = {  # the number of forwards
     "lightly": 2,
     "InfoNCE alone": 2,
     "authors, two forwards": 2,
     "care_loss, two forwards": 2,
+    "rotation contrast, two forwards": 2,
     "care_loss, three forwards": 3,
     "authors, four forwards": 4,
     "care_loss, four forwards": 4,
@@ -53,6 +55,8 @@ def losses(contender: str) -> Callable[..., Tensor]:
         return loss
     if contender == "InfoNCE alone":
         return InfoNCELoss(TEMPERATURE)
+    if contender == "rotation contrast, two forwards":
+        return RotationContrastLoss(temperature=TEMPERATURE, chunks=CHUNKS_TO_FIT)
     settings = (TEMPERATURE, WEIGHT, CHUNKS)
     if contender == "authors, two forwards":
         return lambda z1, z2: authors(torch.stack((z1, z2, z1, z2)), *settings)

@@ -445,7 +445,7 @@ CONTROLS_OF |= {"rotation contrast": "placebo of rotation contrast"}
 def losses_compared() -> Table:
     """Means and intervals of both ways to train, and the better of both controls of each."""
     table = [["data", "D", "arm", "gap ratio", "of the stronger control", "rotation share", "rank"]]
-    for name in [*GROUPS, *NOT_GROUPS]:
+    for name in CONTRASTED:
         rows = experiment(f"contrast-{name}")
         for dim, arm in dict.fromkeys((row["dim"], row["arm"]) for row in rows):
             if arm not in CONTROLS_OF:
@@ -457,7 +457,7 @@ def losses_compared() -> Table:
                 return mean_and_interval(values) if values else ""
 
             controls = [of("gap_ratio", other) for other in (CONTROLS_OF[arm], "SimCLR without")]
-            stronger = min(filter(None, controls), default="")
+            stronger = min(filter(None, controls), key=lambda cell: float(cell.split()[0]))
             table.append([name, dim, arm, of("gap_ratio"), stronger])
             table[-1] += [of("rotation_share"), of("effective_rank")]
     return table
@@ -501,7 +501,7 @@ def contrast_settings() -> Table:
     )
 
 
-NOT_GROUPS = ("crops", "stretches")
+CONTRASTED, NOT_GROUPS = ("clouds", "molecules", "sprites", "hues"), ("crops", "stretches")
 GROUPS = ("clouds", "sprites", "hues", "molecules", "proteins")
 OF_SPACE = ("clouds", "molecules", "proteins")
 MAX_PROBED_IMAGES = ("orientations", "similarities")
@@ -607,8 +607,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
     "contrast": losses_compared,
     "contrast-settings": contrast_settings,
-    **{f"contrast-{name}": partial(contrasts_of, name) for name in (*GROUPS, *NOT_GROUPS)},
-    **{f"contrast-uses-{name}": partial(contrast_uses_of, name) for name in GROUPS},
+    **{f"contrast-{name}": partial(contrasts_of, name) for name in (*CONTRASTED, *NOT_GROUPS)},
+    **{f"contrast-uses-{name}": partial(contrast_uses_of, name) for name in CONTRASTED},
     **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},
     **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in MAX_PROBED_IMAGES},
     "similarities-longer": partial(probes_of, "longer/probe-similarities"),

@@ -59,7 +59,6 @@ FEWER = ["SimCLR without", "CARE, three forwards", *ROTATION]
 TRAINED = {  # what is trained, by the dimension of the embedding
     "clouds": {16: ARMS, 64: FEWER},
     "molecules": {16: ARMS, 64: FEWER},
-    "proteins": {16: FEWER},
     "sprites": {16: [*MAIN, LINEAR[0]]},
     "hues": {16: FEWER},
     **{name: {16: MAIN} for name in NOT_GROUPS},
