@@ -128,9 +128,9 @@ def highest(
         alone = alone | _same(best, best[..., :1, :, :], top)[..., 1]
         gap = gap.clamp(0, 1).masked_fill(alone, 1)
     best, jet = near_rotation(best[..., 0, :, :]), jet[..., 0, :]
-    # A step of Newton's method from the optimum has the derivative of the implicit function theorem,
-    # that of the slope divided by the curvature. Its value, rounding that a flat optimum magnifies,
-    # is removed.
+    # A step of Newton's method from the optimum has the derivative of the implicit function
+    # theorem, that of the slope divided by the curvature. Its value, rounding that a flat optimum
+    # magnifies, is removed.
     slope = _slope(products, best, squares)
     curvature, size = -jet[..., 4:], jet[..., 4:].abs().amax(-1, keepdim=True)
     # What is added only matters where the optimum is flat, and the slope 0 in that direction.
