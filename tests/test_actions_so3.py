@@ -491,7 +491,8 @@ def test_leading_dimensions_and_empty_batches(name):
     if isinstance(found, torch.Tensor):
         found, each, empty = (found,), (each,), (empty,)
     for whole, part, none in zip(found, each, empty, strict=True):
-        close(whole[1], part, 1e-12)
+        # The range in a gap is that of values in float32.
+        close(whole[1], part, 1e-6 if whole is getattr(found, "gap", None) else 1e-12)
         assert none.shape == (0, *whole.shape[1:])
 
 
@@ -499,8 +500,9 @@ def test_leading_dimensions_and_empty_batches(name):
     ("name", "backend"), [*((name, "aot_eager") for name in METHODS), ("apply", "inductor")]
 )
 def test_compiles_into_one_graph(name, backend):
-    action = planted([1, 2, 1])
-    z, g = normal(2, 6, 12), rotations(6)
+    # What a pose adds to the others takes its time to compile: once with several degrees is enough.
+    action = planted([1, 2, 1] if name == "pose" else [1, 2])
+    z, g = normal(2, 6, len(action.basis)), rotations(6)
     torch._dynamo.reset()
     compiled = torch.compile(lambda z, g: call(action, name, z, g), fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(z, g), call(action, name, z, g))

@@ -246,7 +246,7 @@ class Action(nn.Module):
         first, second = self._parts(x), self._parts(y)
         ones = [1] * self._element_ndim
         if not self._turning:
-            zero = (x * y).sum(-1).detach() * 0
+            zero = x.new_zeros(torch.broadcast_shapes(x.shape[:-1], y.shape[:-1]))
             return zero.view(*zero.shape, *ones) * self._neutral(x) + torch.nan, zero
         products = {k: first[k].mT @ second[k] for k in self._turning}
         eps = max(torch.finfo(dtype).eps for dtype in (self.basis.dtype, computed_in(z1)))

@@ -24,7 +24,7 @@ from care_loss.actions._spherical import couplings, generators, wigner
 STARTS = 64  # for degree 1; the volume of what one has to cover falls as the cube of the degree
 NEIGHBOURS = 6  # that a peak among the starts exceeds
 PEAKS = (16, 6)  # that are climbed: all, and those that promise most after the first steps
-STEPS = (2, 2, 6)  # for these, and for the best two
+STEPS = (2, 2, 5)  # for these, and for the best two
 PLASTIC = 1.533751168755204  # the root of x^4 = x + 4
 
 
@@ -128,13 +128,14 @@ def highest(
         alone = alone | _same(best, best[..., :1, :, :], top)[..., 1]
         gap = gap.clamp(0, 1).masked_fill(alone, 1)
     best, jet = near_rotation(best[..., 0, :, :]), jet[..., 0, :]
-    # A step of Newton's method from the optimum leaves it where it is, and has its derivative:
-    # that of the slope, divided by the curvature, as the implicit function theorem says.
+    # A step of Newton's method from the optimum has the derivative of the implicit function
+    # theorem, that of the slope divided by the curvature. Its value, rounding that a flat optimum
+    # magnifies, is removed.
     slope = _slope(products, best, squares)
     curvature, size = -jet[..., 4:], jet[..., 4:].abs().amax(-1, keepdim=True)
     # What is added only matters where the optimum is flat, and the slope 0 in that direction.
     unit = torch.where(size > 0, 1e-11 * size, 1)
-    step = _solved(_plus(curvature, unit), slope)
+    step = _solved(_plus(curvature, unit), slope - slope.detach())
     flat = _least(curvature) <= 64 * eps * size
     if gap is None:
         gap = torch.ones_like(size.squeeze(-1))
@@ -272,14 +273,19 @@ def _least(a: Tensor) -> Tensor:
 
 
 def _solved(a: Tensor, b: Tensor) -> Tensor:
-    """Solve symmetric systems of three equations, by cofactors, without a decomposition."""
-    (p, q, r), (s, t, u) = a[..., :3].unbind(-1), a[..., 3:].unbind(-1)
-    first = [q * r - u * u, t * u - s * r, s * u - q * t]
-    middle, last = s * t - p * u, p * q - s * s
-    inverse = _matrices([*first, first[1], p * r - t * t, middle, first[2], middle, last])
-    determinant = p * first[0] + s * first[1] + t * first[2]
-    solution: Tensor = (inverse @ b.unsqueeze(-1)).squeeze(-1) / determinant.unsqueeze(-1)
-    return solution
+    """Solve positive definite systems of three equations, by the factors L, D and Lᵀ.
+
+    As with those of Cholesky, errors are those of a matrix that differs by rounding: where one
+    direction is flat, the others keep their digits.
+    """
+    (p, q, r), (s, t, u), (x, y, z) = a[..., :3].unbind(-1), a[..., 3:].unbind(-1), b.unbind(-1)
+    left, lower = s / p, t / p
+    second = q - left * s
+    last = (u - left * t) / second
+    y = y - left * x
+    z = (z - lower * x - last * y) / (r - lower * t - last * last * second)
+    y = y / second - last * z
+    return torch.stack((x / p - left * y - lower * z, y, z), -1)
 
 
 def _matrices(entries: Sequence[Tensor]) -> Tensor:

@@ -93,11 +93,11 @@ def generators(squares: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     b. A product has the sum of the derivatives of its factors.
     """
     one = like.new_zeros(3, 3, 3)
-    for a, b, c in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-        one[a, b, c], one[a, c, b] = 1.0, -1.0
+    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        one[i, j, k], one[i, k, j] = 1, -1
     found = [one]
-    for degree_squares in squares:
-        c = coefficients(degree_squares, like)
+    for square in squares:
+        c = coefficients(square, like)
         left = torch.einsum("tab,aim,bin->tmn", one, c, c)
         right = torch.einsum("tij,aim,ajn->tmn", found[-1], c, c)
         found.append(left + right)
