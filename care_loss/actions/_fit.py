@@ -174,7 +174,7 @@ def _means(
             mean = torch.einsum("tij,tab->iajb", part, rotations) / len(rotations)
             found.append((mean + mean.permute(2, 3, 0, 1)) / 2)
             place += m * size
-    return [mean.permute(0, 1, 2, 3) for mean in found]
+    return found
 
 
 def _ascended(

@@ -229,12 +229,19 @@ def measured(
 def colour(arm: str) -> str:
     if arm.startswith("placebo"):
         return "C1"
-    return "C0" if arm in ("apart", "uniform", "separate views", "composed view") else "C5"
+    ours = "apart", "uniform", "separate views", "composed view"
+    ours += "CARE, three forwards", "rotation contrast", "rotation contrast, O(D)"
+    return "C0" if arm in ours else "C5"
 
 
-def draw_arms(ax: Axes, rows: list[Row], figure: str, *, chance: float) -> None:
-    """Draw a figure of each arm, a dot for each seed, and a line where chance is."""
-    names = list(dict.fromkeys(row["arm"] for row in rows))
+def draw_arms(
+    ax: Axes, rows: list[Row], figure: str, *, chance: float, names: list[str] | None = None
+) -> None:
+    """Draw a figure of each arm, a dot for each seed, and a line where chance is.
+
+    Panels that share an axis, but not all of their arms, need the names of all.
+    """
+    names = names or list(dict.fromkeys(row["arm"] for row in rows))
     for place, name in enumerate(names):
         values = [float(row[figure]) for row in rows if row["arm"] == name]
         ax.plot(values, [place] * len(values), "o", color=colour(name), alpha=0.8)

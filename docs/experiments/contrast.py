@@ -171,7 +171,7 @@ def draw_all(rows: dict[str, list[Row]], path: Path) -> None:
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
     for ax, (name, some) in zip(panels, rows.items(), strict=True):
         ax.set_xscale("log")
-        draw_arms(ax, some, "gap_ratio", chance=1)
+        draw_arms(ax, some, "gap_ratio", chance=1, names=["untrained", *ARMS])
         ax.set(title=name, xlabel="gap ratio", xlim=(0.005, 2))
     panels[0].invert_yaxis()  # and with it those of all panels
     figure.savefig(path)
