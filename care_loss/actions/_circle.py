@@ -372,6 +372,7 @@ class _Angles(Turns[CircleAction]):
         return low
 
     def padded(self, counts: list[int]) -> tuple[int, ...]:
+        """Return entries for all frequencies that T uniform angles can show."""
         return *counts, *[0] * ((len(self.elements) - 1) // 2 + 1 - len(counts))
 
     def start(self, coefficients: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -387,6 +388,7 @@ class _Angles(Turns[CircleAction]):
         return columns
 
     def refuse(self, highest: int) -> None:
+        """Say how many angles are missing."""
         t, needed = len(self.elements), max(3, 2 * highest + 1)
         more = f"pass {needed - t} more" if t < needed else "spread them over the circle"
         low, high = float(self.elements.min()), float(self.elements.max())

@@ -98,7 +98,8 @@ class SO3Action(Action):
             )
         squares = couplings(top)
         self._shapes = [tuple(square.shape) for square in squares]
-        whole = torch.cat([square.flatten() for square in [*squares, torch.empty(0).long()]])
+        none = torch.empty(0, dtype=torch.long, device="cpu")
+        whole = torch.cat([none, *(square.flatten() for square in squares)])
         rotations, neighbours = starts(top)
         grid = {"_couplings": whole, "_starts": rotations, "_neighbours": neighbours}
         grid["_entries"] = table(rotations, self._turning or [1])
@@ -332,10 +333,12 @@ class _Rotations(Turns[SO3Action]):
         return torch.cat(entries, 1)
 
     def characters(self, highest: int) -> Tensor:
+        """Return the traces of all D^l, `(T, L + 1)`."""
         traces = [x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in self._matrices(highest)]
         return torch.stack(traces, -1)
 
     def highest(self) -> list[int]:
+        """Return the highest degree that is looked for."""
         if self.condition(self.max_degree) > MAX_CONDITION:
             self.refuse(self.max_degree)
         return [self.max_degree]
@@ -361,6 +364,7 @@ class _Rotations(Turns[SO3Action]):
         return columns
 
     def refuse(self, highest: int) -> None:
+        """Say how many rotations are missing."""
         t, needed = len(self.elements), sum((2 * k + 1) ** 2 for k in range(highest + 1))
         more = f"pass {needed - t} more" if t < needed else "pass more, or spread them over SO(3)"
         raise ValueError(
