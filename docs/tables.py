@@ -501,7 +501,7 @@ def contrast_settings() -> Table:
     )
 
 
-CONTRASTED, NOT_GROUPS = ("clouds", "molecules", "sprites"), ("crops", "stretches")
+CONTRASTED, NOT_GROUPS = ("clouds", "molecules", "sprites", "hues"), ("crops", "stretches")
 GROUPS = ("clouds", "sprites", "hues", "molecules", "proteins")
 OF_SPACE = ("clouds", "molecules", "proteins")
 MAX_PROBED_IMAGES = ("orientations", "similarities")
