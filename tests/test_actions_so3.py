@@ -349,15 +349,17 @@ def test_the_gradient_of_the_pose_is_that_of_differences():
     z = normal(2, 5, len(action.basis), seed=3)
     clear = action.pose(*z).gap > 0.01
     assert clear.sum() > 2
-    z = z[:, clear].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, y: action.pose(x, y).element, tuple(z))
+    z = z[:, clear][:, :2].requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, y: action.pose(x, y).element, tuple(z), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("parts", "pose")])
 def test_derivatives(name):
     action = planted([1, 2, 1])
-    z, g = normal(2, 3, 12, seed=1).requires_grad_(), rotations(3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z, g: call(action, name, z, g), (z, g))
+    z, g = normal(2, 2, 12, seed=1).requires_grad_(), rotations(2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, g: call(action, name, z, g), (z, g), fast_mode=True)
 
 
 def test_the_gradient_of_a_canonical_vector_does_not_follow_its_direction():

@@ -244,16 +244,15 @@ class Action(nn.Module):
     def _best(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
         x, y = normalize(exact(z1)), normalize(exact(z2))
         first, second = self._parts(x), self._parts(y)
-        ones = [1] * self._element_ndim
+        one = (..., *[None] * self._element_ndim)
         if not self._turning:
             zero = x.new_zeros(torch.broadcast_shapes(x.shape[:-1], y.shape[:-1]))
-            return zero.view(*zero.shape, *ones) * self._neutral(x) + torch.nan, zero
+            return zero[one] * self._neutral(x) + torch.nan, zero
         products = {k: first[k].mT @ second[k] for k in self._turning}
         eps = max(torch.finfo(dtype).eps for dtype in (self.basis.dtype, computed_in(z1)))
         element, gap, size = self._optimum(products, eps)
         still = size <= 8 * eps  # of unit rows, correlations of this size are rounding errors
-        everywhere = still.view(*still.shape, *ones)
-        return element.masked_fill(everywhere, torch.nan), gap.masked_fill(still, 0)
+        return element.masked_fill(still[one], torch.nan), gap.masked_fill(still, 0)
 
     def _check_rows(self, **rows: Any) -> None:
         """Require embeddings `(*, D)` on the device of the basis."""
