@@ -11,9 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import orthogonal, seeds
 
+from care_loss._characters import nearest_counts
 from care_loss.actions import SO3Action, fit_so3
 from care_loss.actions._highest import matrix_of, quaternion_of
 from care_loss.actions._spherical import couplings, wigner
+from care_loss.rotation import fit_rotation
 
 METHODS = ["rotation", "apply", "parts", "pose", "invariants", "canonical", "interpolate"]
 
@@ -414,6 +416,29 @@ def test_the_basis_is_the_nearest_one():
     action = fitted(z1, z2, g, multiplicity=[1, 1, 1])
     assert 0.3 < action.explained < 1
     assert action.explained > action.explained_free  # it has fewer free numbers
+    # No other basis nearby comes nearer to the rotations that fit each turn.
+    unit = [x / x.norm(dim=-1, keepdim=True) for x in (z1, z2)]
+    free = fit_rotation(unit[0].expand_as(unit[1]), unit[1], special=True).rotation
+    least = (action.rotation(g) - free).square().sum()
+    for seed in range(8):
+        step = 1e-4 * normal(9, 9, seed=seed)
+        for skew in (step - step.mT, step.mT - step):
+            other = SO3Action(torch.linalg.matrix_exp(skew) @ action.basis, [1, 1, 1])
+            assert (other.rotation(g) - free).square().sum() > least
+
+
+@given(st.lists(st.floats(-1, 3), min_size=3, max_size=3), st.integers(1, 14))
+def test_multiplicities_are_the_nearest_of_all(coefficients, d):
+    def distance(counts):
+        sizes = zip(counts, coefficients, (1, 3, 5), strict=True)
+        return sum(size * abs(count - found) for count, found, size in sizes)
+
+    found = nearest_counts(torch.tensor(coefficients, dtype=torch.float64), (1, 3, 5), d).tolist()
+    assert found[0] + 3 * found[1] + 5 * found[2] == d
+    assert min(found) >= 0
+    every = [(d - 3 * a - 5 * b, a, b) for a in range(d // 3 + 1) for b in range(d // 5 + 1)]
+    best = min(distance(counts) for counts in every if counts[0] >= 0)
+    assert distance(found) <= best + 1e-9
 
 
 def test_unrelated_embeddings_explain_nothing_and_warn_once():
@@ -501,8 +526,9 @@ def test_leading_dimensions_and_empty_batches(name):
 @pytest.mark.parametrize(
     ("name", "backend"), [*((name, "aot_eager") for name in METHODS), ("apply", "inductor")]
 )
-def test_compiles_into_one_graph(name, backend):
-    # What a pose adds to the others takes its time to compile: once with several degrees is enough.
+def test_compiles_into_one_graph(name, backend, monkeypatch):
+    # Steps are unrolled, and take their time to compile: a few of each kind are enough.
+    monkeypatch.setattr("care_loss.actions._highest.STEPS", (1, 1, 2))
     action = planted([1, 2, 1] if name == "pose" else [1, 2])
     z, g = normal(2, 6, len(action.basis)), rotations(6)
     torch._dynamo.reset()
