@@ -162,7 +162,7 @@ def test_quaternions_of_rotations():
     close(matrix_of(q)[:-1], g, 4e-15)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(), st.integers(126, 150), st.integers(0, 8), seeds)
 def test_random_rotations_give_back_what_was_planted(plant, t, more_rows, seed):
     z, g = rows(plant, 2 * len(plant.basis) + more_rows, seed), rotations(t, seed=seed)
@@ -175,7 +175,7 @@ def test_random_rotations_give_back_what_was_planted(plant, t, more_rows, seed):
         assert abs(action.explained_free - 1) < 1e-8
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(max_d=24), seeds)
 def test_given_multiplicities_are_used(plant, seed):
     g = rotations(100, seed=seed)  # too few to look for degree 3 among others, at random
@@ -196,7 +196,7 @@ def test_rotations_up_to_a_lower_degree_are_enough_for_it():
     assert fit_so3(z, turned, g, multiplicity=[2, 2]).explained > 0.999
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(), seeds)
 def test_rotations_are_orthogonal_and_compose(action, seed):
     a, b = rotations(2, seed=seed)
@@ -209,7 +209,7 @@ def test_rotations_are_orthogonal_and_compose(action, seed):
     close(outside @ action.apply(z, a).mT, outside @ z.mT, 1e-12)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(), seeds)
 def test_parts_turn_by_their_degree_and_keep_the_length(action, seed):
     z, g = rows(action, 6, seed), rotations(6, seed=seed)
@@ -221,7 +221,7 @@ def test_parts_turn_by_their_degree_and_keep_the_length(action, seed):
     close(total, z.square().sum(-1), 1e-10)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(moves=True), seeds)
 def test_the_pose_is_the_rotation_of_the_turn(action, seed):
     z, g = normal(8, len(action.basis), seed=seed), rotations(8, seed=seed)
@@ -259,7 +259,7 @@ def test_the_pose_of_unrelated_embeddings_is_the_best_of_many(multiplicity):
             assert (near <= reached + 1e-12).all()
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(moves=True, max_d=40), seeds)
 def test_the_pose_is_equivariant(action, seed):
     z1, z2 = normal(2, 8, len(action.basis), seed=seed)
@@ -290,7 +290,7 @@ def test_the_gap_says_how_unique_the_pose_is():
     assert ((gap > 0) & (gap < 1e-3)).all()
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(moves=True, max_d=40), seeds)
 def test_invariants_and_canonical_are_the_same_for_all_states(action, seed):
     z, g = normal(8, len(action.basis), seed=seed), rotations(8, seed=seed)
@@ -310,7 +310,7 @@ def test_invariants_of_other_images_differ():
     assert (action.canonical(z1) - action.canonical(z2)).abs().max() > 0.1
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(actions(moves=True, max_d=40), seeds)
 def test_interpolation_goes_along_the_group(action, seed):
     z1, z2 = normal(2, 5, len(action.basis), seed=seed)
