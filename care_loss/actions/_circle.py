@@ -28,6 +28,8 @@ class CircleAction(Action):
     is the identity there, `apply` and `canonical` keep them, and `parts` and `invariants` leave
     them out.
 
+    The reference of :meth:`canonical` has the coordinates c = 1 in all planes, and 0 elsewhere.
+
     :func:`fit_circle` makes it. There are no parameters to be learned.
 
     Args:
