@@ -19,8 +19,9 @@ the basis and how often each frequency or degree occurs.
     +---------------------------------------------------------------------------+
 
 The methods take any leading dimensions, which broadcast. They compute in float64 (float32 on
-Apple's GPUs) and return results in the dtype of the embeddings. They read no values of tensors on
-a GPU, and `torch.compile` makes one graph of each. Only the fit reads values; it has no gradient.
+Apple's GPUs) and return results in the dtype of the embeddings, and `torch.compile` makes one graph
+of each. On a GPU they read no values; only the decompositions of `SO3Action.pose` make the
+host wait where degree 1 occurs. The fit reads values, and has no gradient.
 
 References:
     Serre, Linear Representations of Finite Groups, 1977, chapters 2 and 4, for characters and for
