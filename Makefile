@@ -88,6 +88,7 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/memory.py $(ARGS)
 	$(RUN) benchmarks/equivariance.py $(ARGS)
 	$(RUN) benchmarks/care.py $(ARGS)
+	$(RUN) benchmarks/rotation_contrast.py $(ARGS)
 	$(RUN) benchmarks/step.py $(ARGS)
 	$(RUN) benchmarks/chunks.py $(ARGS)
 	$(RUN) benchmarks/distributed.py $(ARGS)
