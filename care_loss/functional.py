@@ -40,8 +40,8 @@ Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
 Size = TypeVar("Size", float, Tensor)
 
-# With 32 rows in each half, rotations were learned in 16, 64 and 128 dimensions; with 16 rows, two
-# of three embeddings of 16 dimensions turned, and one became invariant (docs/experiments).
+# With 32 rows in each half, rotations were learned in 16 and in 64 dimensions; with 16 rows,
+# embeddings of clouds became invariant in both (docs/experiments/contrast.md).
 MIN_ROWS_TO_FIT = 32
 _warned: set[str] = set()
 

@@ -29,7 +29,6 @@ from common import (
     Transform,
     draw_arms,
     each_seed,
-    embed,
     measure,
     measured,
     nearest,
@@ -41,6 +40,7 @@ from matplotlib.figure import Figure
 from photos import wrap
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from uses import GRID, HALVES, turned_states
 
 from care_loss import RotationContrastLoss
 from care_loss.actions import fit_circle
@@ -67,9 +67,7 @@ SETTINGS = [f"{chunks} chunks, {TEMPERATURE}" for chunks in (2, 4, 8, 16)]
 SETTINGS += [f"{CHUNKS} chunks, {temperature}" for temperature in (0.1, 1.0)]
 FILES = {"arms": "contrast-", "settings": "contrast-settings-"}
 CHOSEN_ON, CHOSEN_FOR = [11], {"clouds": [16, 64], "molecules": [16, 64], "sprites": [16]}
-ANGLES, SUBSPACE, SHOWN = 72, 0.95, 5
-GRID = 2 * torch.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
-HALVES = slice(0, None, 2), slice(1, None, 2)  # of the held-out images, which are different ones
+SUBSPACE, SHOWN = 0.95, 5
 OF_THE_CIRCLE = "sprites", "hues"
 
 
@@ -133,12 +131,7 @@ def action(encoder: nn.Module, group: Group, *, invariant: bool) -> dict[str, ob
     It is that of the turns about one axis. Where the group is the circle, its invariants are asked
     for the image that they show, too.
     """
-    images, turn = group.testing, group.circles[0]
-    z = embed(encoder, images)
-    turned = torch.stack([embed(encoder, turn(images, angle)) for angle in GRID])
-    asked = 2 * torch.pi * torch.rand(len(images), dtype=torch.float64)
-    each = zip(images.split(1), asked, strict=True)
-    z_asked = torch.cat([embed(encoder, turn(image, angle)) for image, angle in each])
+    z, turned, asked, z_asked = turned_states(encoder, group)
     found, errors, uses = [], [], []
     for fit, score in (HALVES, HALVES[::-1]):
         with warnings.catch_warnings():  # which say that controls do not turn

@@ -69,15 +69,23 @@ def pose_in_space(encoder: nn.Module, group: Group) -> dict[str, object]:
 
 
 @torch.no_grad()
-def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
+def turned_states(encoder: nn.Module, group: Group) -> tuple[Tensor, ...]:
+    """Return the embeddings of images, and what they are compared with.
+
+    These are their embeddings under all angles `(T, N, D)`, and the random angles `(N,)` that are
+    asked for, one for each image, with the embeddings of the images under these.
+    """
     images, turn = group.testing, group.circles[0]
-    z, turned = (
-        embed(encoder, images),
-        torch.stack([embed(encoder, turn(images, angle)) for angle in GRID]),
-    )
+    turned = torch.stack([embed(encoder, turn(images, angle)) for angle in GRID])
     asked = 2 * math.pi * torch.rand(len(images), dtype=torch.float64)
     each = zip(images.split(1), asked, strict=True)
     z_asked = torch.cat([embed(encoder, turn(image, angle)) for image, angle in each])
+    return embed(encoder, images), turned, asked, z_asked
+
+
+@torch.no_grad()
+def measure(encoder: nn.Module, group: Group) -> dict[str, object]:
+    z, turned, asked, z_asked = turned_states(encoder, group)
     errors, plain, aligned = [], [], []
     for fit, score in (HALVES, HALVES[::-1]):
         rotated = z[score] @ fit_rotations(z[fit], turned[:, fit])
