@@ -86,6 +86,7 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/contrastive.py $(ARGS)
 	$(RUN) benchmarks/threads.py $(ARGS)
 	$(RUN) benchmarks/memory.py $(ARGS)
+	$(RUN) benchmarks/negatives.py $(ARGS)
 	$(RUN) benchmarks/equivariance.py $(ARGS)
 	$(RUN) benchmarks/care.py $(ARGS)
 	$(RUN) benchmarks/rotation_contrast.py $(ARGS)

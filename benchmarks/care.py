@@ -50,6 +50,9 @@ def contenders(n: int, chunks: int, device: str) -> dict[str, Contender]:
         "care_loss": lambda views: loss(*views),
         "care_loss, chunks as ids": lambda views: loss(*views, chunks=ids),
         "torch.compile of care_loss": torch.compile(lambda views: loss(*views), fullgraph=True),
+        "torch.compile, chunks as ids": torch.compile(
+            lambda views: loss(*views, chunks=ids), fullgraph=True
+        ),
         "matrix products alone": lambda views: products(
             views[:, : views.shape[1] // chunks * chunks], *settings
         ),

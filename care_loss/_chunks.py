@@ -15,7 +15,7 @@ def stack_sizes(chunks: int, n: int) -> list[tuple[int, int]]:
     >>> stack_sizes(3, 11), stack_sizes(8, 13)
     ([(2, 4), (1, 3)], [(1, 3), (5, 2)])
     """
-    chunks = min(chunks, n // 2)
+    chunks = chunks if n >= 2 * chunks else n // 2  # a tracer takes long to simplify a minimum
     rows, longer = n // chunks, n % chunks
     return [(k, m) for k, m in ((longer, rows + 1), (chunks - longer, rows)) if k]
 
@@ -41,6 +41,17 @@ def padded_rows(chunks: int, n: int, device: torch.device) -> tuple[Tensor, Tens
     return torch.where(exist, rows, 0), exist, lengths
 
 
+def chunk_of_rows(chunks: int, n: int, device: torch.device) -> Tensor:
+    """Return which of `chunks` contiguous chunks each of `n` rows is in, `(n,)`.
+
+    >>> chunk_of_rows(3, 11, torch.device("cpu"))
+    tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
+    """
+    rows, short, longer = torch.arange(n, device=device), n // chunks, n % chunks
+    # As if all chunks were long, and as if all were short, counted from the end.
+    return torch.maximum(rows // (short + 1), (rows - longer) // short)
+
+
 def has_free_size(chunks: int, n: int) -> bool:
     """Whether a tracer records for other numbers of rows than `n` too: its remainder is not known.
 
@@ -59,7 +70,7 @@ def layout(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tuple[int,
 
     The order is None where the rows stay as they are. There is no layout for ids that are not read:
     on a GPU reading makes the host wait, under `vmap` it is impossible, and a tracer would take the
-    ids that it sees for constants.
+    ids that it sees for constants (an operator reads those that it is called with).
     """
     if not isinstance(chunks, Tensor):
         return None, stack_sizes(chunks, n)

@@ -50,6 +50,18 @@ def normal(
     return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
+def use_operator() -> bool:
+    """Whether a compiler takes operators of this package as they are, in place of what they do.
+
+    What is exported consists of PyTorch's operators, so that it loads without this package, and
+    transforms of `torch.func` go through these.
+    """
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 cannot tell
+    if exporting is None or not torch.compiler.is_compiling() or exporting():
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 def function(plain: type[Function], with_forward_mode: type[Function]) -> Any:
     """Choose the Function: torch.compile does not trace those that have a forward mode."""
     return plain if torch.compiler.is_compiling() else with_forward_mode

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from care_loss._numerics import function, refuse_nested_forward_mode
+from care_loss._numerics import function, refuse_nested_forward_mode, use_operator
 
 
 def polar(
@@ -21,7 +21,7 @@ def polar(
     full: bool = False,
     zero: float = 0.0,
     tie: float = 0.0,
-    floor: float = 0.0,
+    floor: float | None = 0.0,
     rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the orthogonal polar factor of matrices `(*, N, D)` with `N <= D`.
@@ -33,7 +33,7 @@ def polar(
     ========  ===================================  ==============================================
     `noise`   s_i <= noise s_1 is 0                always: what rounding makes of a 0
     `floor`   s_i <= floor is 0 (an absolute       by fits: their rows have the size 1, and what
-              size)                                is far smaller is rounding of the rows
+              size; None: as `noise`)              is far smaller is rounding of the rows
     `zero`    s_i + ... + s_N <= zero s_1 is 0     by `nearest_orthogonal`: a sum that is lost in
                                                    the rounding of the objective
     `tie`     s_i - s_N <= tie s_1 is equal        by both: 8 eps of the dtype of the result
@@ -44,10 +44,8 @@ def polar(
         `(*, N)`, descending: the singular values, the last with a sign where `special`. Only the
         factor has a derivative.
     """
-    noise = rounding_noise(x, max(rows, *x.shape[-2:]))
-    tie = torch.sym_max(tie, noise)
-    apply = function(_Polar, _ForwardPolar).apply
-    return apply(x, special, full, zero, tie, floor, noise)  # type: ignore[no-any-return]
+    apply = _operator if use_operator() else function(_Polar, _ForwardPolar).apply
+    return apply(x, special, full, zero, tie, floor, rows)  # type: ignore[no-any-return]
 
 
 def rounding_noise(x: Tensor, size: int) -> float:
@@ -179,8 +177,16 @@ class _Polar(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, special: bool, full: bool, zero: float, tie: float, floor: float, noise: float
+        x: Tensor,
+        special: bool,
+        full: bool,
+        zero: float,
+        tie: float,
+        floor: float | None,
+        rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        noise = rounding_noise(x, max(rows, *x.shape[-2:]))
+        tie = torch.sym_max(tie, noise)
         broken = ~x.sum((-2, -1), keepdim=True).isfinite()
         # The transpose lies in memory as LAPACK wants it.
         transposed = x.masked_fill(broken, 0).mT
@@ -188,6 +194,7 @@ class _Polar(Function):
         p, top = ph.mT, s[..., :1]
         unknown = _error_of_solver(transposed, q, s, ph)
         tail = s.flip(-1).cumsum(-1).flip(-1)
+        floor = noise if floor is None else floor
         null = (tail <= zero * top) | (s <= (noise * top).clamp_min(floor) + unknown)
         s = s.masked_fill(null, 0)
         if not full:
@@ -239,6 +246,28 @@ class _ForwardPolar(_Polar):
     def jvp(ctx: Any, step: Tensor, *_: Any) -> Any:
         refuse_nested_forward_mode()
         return _Polar.backward(ctx, step)[0], None, None
+
+
+@torch.library.custom_op("care_loss::polar", mutates_args=())
+def _operator(
+    x: Tensor, special: bool, full: bool, zero: float, tie: float, floor: float | None, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for compilers, which take long to compile it, and cannot read values."""
+    factor, basis, values = _Polar.forward(x, special, full, zero, tie, floor, rows)
+    return factor.contiguous(), basis.contiguous(), values.contiguous()
+
+
+@_operator.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], x.shape[-2]), x.new_empty(x.shape[:-1])
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.full = inputs[2]
+    ctx.save_for_backward(inputs[0], *output)
+
+
+_operator.register_autograd(_Polar.backward, setup_context=_save)
 
 
 def _solve(h: Tensor, k: Tensor, basis: Tensor, inverse: Tensor) -> Tensor:

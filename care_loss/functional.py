@@ -8,8 +8,9 @@ singular value decompositions do.
 
 InfoNCE and the equivariance loss are stated here as plain compositions of PyTorch operations. Where
 first derivatives are enough, they are computed with gradients derived by hand, in less time and
-memory. `torch.compile`, `torch.func`, forward mode, second derivatives, a queue of negatives and
-ids that are not read use the plain composition.
+memory; for `torch.compile` they are operators, whose second derivatives are an error. `torch.func`,
+forward mode, `torch.export`, second derivatives and a queue that requires a gradient use the plain
+composition.
 
 Autocast is disabled around matrix products. InfoNCE follows PyTorch's setting of the precision of
 float32 products (TF32, say). The equivariance, uniformity and alignment losses would lose too much
@@ -21,24 +22,25 @@ InfoNCE is rounded to 16 bits like that of any other layer.
 
 import warnings
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from care_loss import _checks, _chunks
-from care_loss._autograd.gram_gap import gram_gap
+from care_loss._autograd.gram_gap import gram_gap, gram_gap_by_id, pair_weight
 from care_loss._autograd.info_nce import info_nce
+from care_loss._autograd.operators import compiled_gram_gap, compiled_info_nce
 from care_loss._autograd.paths import use_autograd_function
+from care_loss._autograd.queue import info_nce_of_queue
 from care_loss._checks import check_floating, check_on_device, show
-from care_loss._numerics import computed_in, exact, savable, without_autocast
+from care_loss._numerics import computed_in, exact, savable, use_operator, without_autocast
 from care_loss.rotation import fit_rotation
 from care_loss.sphere import normalize
 
 Reduction = Literal["mean", "none"]
 Scale = Literal["mean", "authors"]
-Size = TypeVar("Size", float, Tensor)
 
 # With 32 rows in each half, rotations were learned in 16 and in 64 dimensions; with 16 rows,
 # embeddings of clouds became invariant in both (docs/experiments/contrast.md).
@@ -102,13 +104,24 @@ def info_nce_loss(
     if isinstance(temperature, Tensor):
         (temperature,) = savable(temperature)
     mean = reduction == "mean"
-    if negatives is not None:
-        _check_queue(negatives, z1)
-        return _info_nce_of_queue(z1, z2, temperature, negatives, mean)
-    plain = partial(_info_nce, mean=mean)
-    if use_autograd_function(z1, z2, temperature):
-        return info_nce(z1, z2, temperature, mean=mean, plain=plain)
-    return plain(z1, z2, temperature)
+    if negatives is None:
+        if use_operator():
+            return compiled_info_nce(z1, z2, temperature, None, mean=mean)
+        plain = partial(_info_nce, mean=mean)
+        if use_autograd_function(z1, z2, temperature):
+            return info_nce(z1, z2, temperature, mean=mean, plain=plain)
+        return plain(z1, z2, temperature)
+    _check_queue(negatives, z1)
+    plain = partial(_info_nce_of_queue, negatives=negatives)
+    if negatives.requires_grad:
+        losses = plain(z1, z2, temperature)
+    elif use_operator():
+        return compiled_info_nce(z1, z2, temperature, negatives, mean=mean)
+    elif use_autograd_function(z1, z2, temperature, negatives):
+        losses = info_nce_of_queue(z1, z2, temperature, negatives, plain)
+    else:
+        losses = plain(z1, z2, temperature)
+    return losses.mean() if mean else losses
 
 
 def equivariance_loss(
@@ -137,9 +150,9 @@ def equivariance_loss(
             `torch.tensor_split`; a batch too small for them gets `N // 2`. Or integer ids `(N,)`:
             rows with the same id form a chunk, and rows whose id is unique are ignored. Ids on the
             CPU are read, whatever the device of the embeddings, and cost little more than an int;
-            if no id occurs twice, that is an error. Ids on another device, or under
-            `torch.compile`, are not read: the full N x N Gram matrices are computed, and if no id
-            occurs twice, the loss is NaN.
+            if no id occurs twice, that is an error. Ids on another device are not read: the
+            products of all N x N pairs of rows are computed, and if no id occurs twice, the loss is
+            NaN.
         scale: `"mean"` over the pairs, or `"authors"`, the published code's
             :math:`\frac{2}{n} \sum_{i \ne j}`, which is :math:`2(n-1)` times as much.
         reduction: `"mean"` for a scalar, `"none"` for one value per chunk (not with ids).
@@ -169,21 +182,22 @@ def equivariance_loss(
     _checks.check_reduction(reduction, chunks)
     z1, z2 = savable(z1, z2)
     mean = reduction == "mean"
+    if use_operator():
+        return compiled_gram_gap(z1, z2, chunks, scale, mean=mean)
     if not isinstance(chunks, Tensor) and _chunks.has_free_size(chunks, z1.shape[-2]):
         loss = _gap_of_padded_chunks(z1, z2, chunks, scale)
         return loss.mean() if mean else loss
     layout = _chunks.layout(chunks, z1.shape[-2])
     if layout is None:
-        loss = _gap_by_id(z1, z2, cast(Tensor, chunks), scale)
-        return loss.mean() if mean else loss
-    order, stacks = layout
-    _checks.check_pairs(stacks)
-    if order is not None:
-        order = order.to(z1.device, non_blocking=True)
-    weights = [_pair_weight(n, scale) for _, n in stacks]
-    plain = partial(_gap_of_chunks, order=order, stacks=stacks, weights=weights, mean=mean)
+        ids = cast(Tensor, chunks)
+        plain = partial(_gap_by_id, ids=ids, scale=scale)
+        if use_autograd_function(z1, z2):
+            return gram_gap_by_id(z1, z2, ids, scale, plain=plain)
+        return plain(z1, z2)
+    _checks.check_pairs(layout[1])
+    plain = partial(_gap_of_chunks, layout=layout, scale=scale, mean=mean)
     if use_autograd_function(z1, z2):
-        return gram_gap(z1, z2, order, stacks, weights, mean=mean, plain=plain)
+        return gram_gap(z1, z2, layout, scale, mean=mean, plain=plain)
     return plain(z1, z2)
 
 
@@ -358,15 +372,15 @@ def _info_nce(z1: Tensor, z2: Tensor, temperature: float | Tensor, *, mean: bool
 
 
 def _info_nce_of_queue(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, negatives: Tensor, mean: bool
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, *, negatives: Tensor
 ) -> Tensor:
-    """Return the loss of the anchors `z1`, whose only negatives are those given."""
+    """Return the loss `(*, N)` of each anchor of `z1`, whose only negatives are those given."""
     u, v = _unit_rows(z1), _unit_rows(z2)
     with without_autocast(z1):
         scaled = u / temperature
-        queue = _unit_rows(negatives).to(u.dtype)
-        loss = _contrast((scaled * v).sum(-1), (scaled @ queue.mT).logsumexp(-1))
-    return loss.mean() if mean else loss
+        wider = torch.promote_types(negatives.dtype, u.dtype)
+        queue = normalize(negatives.to(wider)).to(u.dtype)
+        return _contrast((scaled * v).sum(-1), (scaled @ queue.mT).logsumexp(-1))
 
 
 def _contrast(positive: Tensor, negative: Tensor) -> Tensor:
@@ -426,8 +440,10 @@ def _layout_to_fit(chunks: int | Tensor, n: int) -> tuple[Tensor | None, list[tu
 
 def _warn_of_few_rows(rows: int, d: int) -> None:
     """Warn, once per process, where rotations are fitted to too few rows to predict others."""
+    if torch.compiler.is_compiling() or _warned:  # first: a tracer would record the sizes
+        return
     least = min(2 * d, MIN_ROWS_TO_FIT)
-    if rows >= least or _warned or torch.compiler.is_compiling():
+    if rows >= least:
         return
     warnings.warn(
         f"the halves of chunks should have {least} rows or more for embeddings "
@@ -451,16 +467,20 @@ def _gap_of_chunks(
     z1: Tensor,
     z2: Tensor,
     *,
-    order: Tensor | None,
-    stacks: list[tuple[int, int]],
-    weights: list[float],
+    layout: tuple[Tensor | None, list[tuple[int, int]]],
+    scale: Scale,
     mean: bool,
 ) -> Tensor:
     """Return the loss of chunks, from the Gram matrices of each."""
+    order, stacks = layout
     if order is not None:
+        order = order.to(z1.device, non_blocking=True)
         z1, z2 = (z.index_select(-2, order) for z in (z1, z2))
     u, v = (_chunks.split(_exact_unit_rows(z), stacks) for z in (z1, z2))
-    gaps = [_squared_gap(p, q).sum((-2, -1)) * w for p, q, w in zip(u, v, weights, strict=True)]
+    gaps = [
+        _squared_gap(p, q).sum((-2, -1)) * pair_weight(n, scale)
+        for p, q, (_, n) in zip(u, v, stacks, strict=True)
+    ]
     loss = torch.cat(gaps, -1).to(computed_in(z1))
     return loss.mean() if mean else loss
 
@@ -474,12 +494,12 @@ def _gap_of_padded_chunks(z1: Tensor, z2: Tensor, chunks: int, scale: Scale) -> 
     diagonal = rows.unsqueeze(-1) == rows.unsqueeze(
         -2
     )  # an eye would make exporters compare strides
-    weight = _pair_weight(lengths.to(u.dtype), scale).squeeze(-1)
+    weight = pair_weight(lengths.to(u.dtype), scale).squeeze(-1)
     return (_squared_gap(u, v, diagonal).sum((-2, -1)) * weight).to(computed_in(z1))
 
 
-def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
-    """Return the mean loss of the chunks that `ids` `(N,)` name without reading them: `(*)`."""
+def _gap_by_id(z1: Tensor, z2: Tensor, *, ids: Tensor, scale: Scale) -> Tensor:
+    """Return the mean loss `()` of the chunks that `ids` `(N,)` name, without reading them."""
     ids = ids.to(z1.device, non_blocking=True)
     together = ids.unsqueeze(-1) == ids
     n = together.sum(-1)  # for each row, the size of its chunk
@@ -487,9 +507,9 @@ def _gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: Scale) -> Tensor:
     u, v = (_exact_unit_rows(z.masked_fill(unpaired, 0)) for z in (z1, z2))
     n = n.to(u.dtype)
     # The clamp keeps rows without a partner finite; no pair carries their weight.
-    weight = together * _pair_weight(n.clamp_min(2), scale)
+    weight = together * pair_weight(n.clamp_min(2), scale)
     chunks = ((n > 1) / n).sum()  # 0 where no id occurs twice: the loss is NaN
-    return ((_squared_gap(u, v) * weight).sum((-2, -1)) / chunks).to(computed_in(z1))
+    return ((_squared_gap(u, v) * weight).sum((-2, -1)) / chunks).mean().to(computed_in(z1))
 
 
 def _squared_gap(u: Tensor, v: Tensor, diagonal: Tensor | None = None) -> Tensor:
@@ -498,12 +518,6 @@ def _squared_gap(u: Tensor, v: Tensor, diagonal: Tensor | None = None) -> Tensor
         diagonal = torch.eye(u.shape[-2], dtype=torch.bool, device=u.device)
     with without_autocast(u):
         return (u @ u.mT - v @ v.mT).masked_fill(diagonal, 0).square()
-
-
-def _pair_weight(n: Size, scale: Scale) -> Size:
-    """Return what each of the pairs (i, j) and (j, i) weighs in a chunk of `n` rows."""
-    mean = 1 / (n * (n - 1))
-    return mean if scale == "mean" else 2 * (n - 1) * mean
 
 
 def _check_queue(negatives: Any, z: Tensor) -> None:

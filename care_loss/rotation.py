@@ -39,7 +39,6 @@ from care_loss._polar import (
     determinant,
     polar,
     polished,
-    rounding_noise,
     svd,
     with_last_times,
 )
@@ -496,8 +495,7 @@ def _fit(
         gap = (right[..., 0, 0].detach() * 0).abs()  # NaN where the inputs are not finite
     else:
         m = a.mT @ b
-        floor = rounding_noise(m, max(n, d))
-        rotation, _, values = polar(m, special=special, full=True, tie=8 * eps, floor=floor, rows=n)
+        rotation, _, values = polar(m, special=special, full=True, tie=8 * eps, floor=None, rows=n)
         identity = torch.eye(d, dtype=x.dtype, device=x.device)
         rotation = with_value(rotation, torch.where(equal, identity, rotation.detach()))
         mapped = x @ rotation.detach()

@@ -8,8 +8,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+from care_loss._autograd import gram_gap, paths, queue
 from care_loss._autograd import info_nce as kernel
-from care_loss._autograd import paths
 from care_loss.functional import equivariance_loss, info_nce_loss
 
 
@@ -103,10 +103,65 @@ def test_equivariance_is_the_plain_composition(shape, scale, reduction, chunks, 
     assert_is_the_plain_composition(loss, z1, z2)
 
 
-def test_equivariance_by_ids_is_the_plain_composition(device):
-    z1, z2 = torch.randn(2, 11, 4, dtype=torch.float64, device=device)
+@pytest.mark.parametrize("shape", [(11, 4), (2, 3, 11, 4), (0, 11, 4)])
+@pytest.mark.parametrize("scale", ["mean", "authors"])
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("tile", [(1, 1), (3, 5), (4, 50), (256, 1024)])
+def test_equivariance_by_ids_is_the_plain_composition(
+    shape, scale, read, tile, device, monkeypatch
+):
+    monkeypatch.setattr(gram_gap, "tile", lambda device: tile)
+    if not read:
+        monkeypatch.setattr("care_loss._chunks.layout", lambda *_: None)
+    z1, z2 = torch.randn(2, *shape, dtype=torch.float64, device=device)
+    z1[..., :1, :] = 0
     ids = torch.tensor([0, 1, 0, 2, 1, 1, 3, 3, 0, 2, 4])
-    assert_is_the_plain_composition(partial(equivariance_loss, chunks=ids), z1, z2)
+    assert_is_the_plain_composition(partial(equivariance_loss, chunks=ids, scale=scale), z1, z2)
+
+
+def test_rows_without_a_partner_do_not_count_where_ids_are_not_read(device, monkeypatch):
+    monkeypatch.setattr("care_loss._chunks.layout", lambda *_: None)
+    z1, z2 = torch.randn(2, 5, 4, device=device)
+    z2[2] = torch.nan
+    ids = torch.tensor([0, 0, 1, 2, 2])
+    z1.requires_grad_()
+    loss = equivariance_loss(z1, z2, chunks=ids)
+    (gradient,) = torch.autograd.grad(loss, z1)
+    assert loss > 0
+    assert gradient[2].eq(0).all()
+    assert gradient.isfinite().all()
+    assert equivariance_loss(z1, z2, chunks=torch.arange(5)).isnan()
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 7, 4), (0, 6, 4)])
+@pytest.mark.parametrize("temperature", [1.0, 0.07, 0.01])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("tile", [(1, 1), (3, 5), (256, 1024)])
+def test_info_nce_of_a_queue_is_the_plain_composition(
+    shape, temperature, reduction, learned, tile, device, monkeypatch
+):
+    monkeypatch.setattr(queue, "tile", lambda device: tile)
+    z1, z2 = torch.randn(2, *shape, dtype=torch.float64, device=device)
+    negatives = torch.randn(37, 4, device=device)
+    z1[..., :1, :] = 0
+    negatives[3] = 0
+    options = {"negatives": negatives, "reduction": reduction}
+    if learned:
+        t = torch.tensor(temperature, dtype=torch.float64, device=device)
+        loss = lambda z1, z2, t: info_nce_loss(z1, z2, temperature=t, **options)  # noqa: E731
+        assert_is_the_plain_composition(loss, z1, z2, t)
+    else:
+        loss = partial(info_nce_loss, temperature=temperature, **options)
+        assert_is_the_plain_composition(loss, z1, z2)
+
+
+def test_a_queue_has_second_derivatives_and_its_own_gradient(device):
+    z1, z2, negatives = torch.randn(3, 4, 3, dtype=torch.float64, device=device)
+    z1.requires_grad_()
+    assert gradgradcheck(lambda z: info_nce_loss(z, z2, negatives=negatives), z1)
+    negatives.requires_grad_()
+    assert gradcheck(lambda x: info_nce_loss(z1, z2, negatives=x), negatives)
 
 
 @pytest.mark.parametrize("loss", [info_nce_loss, equivariance_loss])

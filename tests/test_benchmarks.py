@@ -347,3 +347,14 @@ def test_processes_are_measured_beside_their_rivals(tmp_path):
     run("distributed.py", "--calculate", "--csv", str(path))
     committed = BENCHMARKS / "results" / "distributed-calculated.csv"
     assert path.read_text() == committed.read_text()
+
+
+def test_contenders_with_a_queue_compute_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    negatives = importlib.import_module("negatives")
+    monkeypatch.setattr(negatives, "ROWS", 50)
+    calls = negatives.calls(6, 4, device="cpu", dtype=torch.float64)
+    assert calls.pop(negatives.FLOOR)().shape == (6, 4)
+    expected = calls["MoCo's form"]()
+    for call in calls.values():
+        torch.testing.assert_close(call(), expected)

@@ -323,7 +323,9 @@ def test_sample_indices_as_ids():
     transform = lambda x: x * torch.rand(())  # noqa: E731
     assert_refused(lambda: shared_views(Z, transform, chunks=torch.arange(16)), sentence)
     compiled = torch.compile(equivariance_loss, fullgraph=True, backend="eager")
-    assert compiled(Z, -Z, chunks=torch.arange(16)).isnan()  # where ids are not read
+    assert_refused(lambda: compiled(Z, -Z, chunks=torch.arange(16)), sentence)
+    traced_ids = traced(lambda *x: equivariance_loss(*x[:2], chunks=x[2]), Z, -Z, Z[:, 0].long())
+    assert traced_ids(Z, -Z, torch.arange(16)).isnan()  # where ids are not read
 
 
 def test_ids_in_the_constructor():

@@ -20,6 +20,8 @@ LAYERS = (
     ("_few_rows",),
     ("_autograd.__init__", "_autograd.paths", "_autograd.unit_rows"),
     ("_autograd.gram_gap", "_autograd.info_nce", "rotation", "sphere", "views"),
+    ("_autograd.queue",),
+    ("_autograd.operators",),
     ("_moments", "functional", "metrics._sampling", "metrics._tables"),
     ("actions._action", "actions._spherical", "distributed", "metrics._measures"),
     ("actions._fit", "actions._highest"),

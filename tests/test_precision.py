@@ -102,8 +102,8 @@ def test_info_nce_with_a_learned_temperature_rounds_little(temperature, device):
     assert_info_nce_rounds_little((256, 32), torch.float32, temperature, device, draws=24)
 
 
-def assert_info_nce_rounds_little(shape, dtype, temperature, device, draws):
-    loss = partial(info_nce_loss, temperature=temperature)
+def assert_info_nce_rounds_little(shape, dtype, temperature, device, draws, negatives=None):
+    loss = partial(info_nce_loss, temperature=temperature, negatives=negatives)
 
     def plain(z1, z2):
         with patch("care_loss.functional.use_autograd_function", return_value=False):
@@ -271,3 +271,12 @@ def test_rows_that_nearly_coincide_cost_no_digits(shape, spread, precision, devi
     eps = torch.finfo(torch.float32).eps
     for found, allowed in zip(zip(*errors, strict=True), zip(*rounding, strict=True), strict=True):
         assert max(found) <= 20 * max(allowed) + 20 * eps
+
+
+@pytest.mark.parametrize(
+    ("temperature", "shape", "dtype"), in_turn([1, 0.2, 0.02, 0.005], [(63, 128), (128, 9)], DTYPES)
+)
+def test_info_nce_of_a_queue_rounds_little(temperature, shape, dtype, device):
+    negatives = torch.randn(3000, shape[1], device=device)  # more than one tile
+    options = {"temperature": temperature, "negatives": negatives}
+    assert_info_nce_rounds_little(shape, dtype, device=device, draws=12, **options)

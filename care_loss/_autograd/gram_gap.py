@@ -20,8 +20,9 @@ Apple's GPUs, which have none, in float32).
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,34 +35,45 @@ from care_loss._autograd.paths import (
     plain_gradients,
     products_are_rounded,
     reads_values,
+    tile,
+    tiles_of_triangle,
 )
 from care_loss._autograd.unit_rows import gradient_of_rows, unit_rows
+from care_loss._chunks import chunk_of_rows
 from care_loss._numerics import computed_in, exact, without_autocast
 
 Stacks = list[tuple[int, int]]
+Layout = tuple[Tensor | None, Stacks]
+Size = TypeVar("Size", float, Tensor)
 MAX_MEAN_COSINE = 0.6  # of the rows of a chunk, for float32
 
 
 def gram_gap(
-    z1: Tensor,
-    z2: Tensor,
-    order: Tensor | None,
-    stacks: Stacks,
-    weights: list[float],
-    *,
-    mean: bool,
-    plain: Plain,
+    z1: Tensor, z2: Tensor, layout: Layout, scale: str, *, mean: bool, plain: Plain
 ) -> Tensor:
     """Return the mean loss `()`, or the loss of each chunk `(*, chunks)`.
 
-    The rows are taken in the given order, or as they are, and cut into stacks `(k, n)`, k chunks of
-    n rows each; `weights` has what a pair of rows weighs in each stack. `plain` is the plain
-    composition of the same, a function of the two views.
+    `plain` is the plain composition of the same, a function of the two views.
     """
+    return _with_gradient(z1, z2, partial(compare, layout=layout, scale=scale, mean=mean), plain)
+
+
+def gram_gap_by_id(z1: Tensor, z2: Tensor, ids: Tensor, scale: str, *, plain: Plain) -> Tensor:
+    """Return the mean loss `()` of the chunks that ids `(N,)` name, without reading them."""
+    return _with_gradient(z1, z2, partial(compare_by_id, ids=ids, scale=scale), plain)
+
+
+def pair_weight(n: Size, scale: str) -> Size:
+    """Return what each of the pairs (i, j) and (j, i) weighs in a chunk of `n` rows."""
+    mean = 1 / (n * (n - 1))
+    return mean if scale == "mean" else 2 * (n - 1) * mean
+
+
+def _with_gradient(
+    z1: Tensor, z2: Tensor, compare: Callable[..., tuple[Tensor, Tensor]], plain: Plain
+) -> Tensor:
     derive = need_gradient(z1, z2)
-    loss: Tensor = _GramGap.apply(  # type: ignore[no-untyped-call]
-        z1, z2, order, stacks, weights, mean, plain, derive
-    )
+    loss: Tensor = _GramGap.apply(z1, z2, compare, plain, derive)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -71,55 +83,123 @@ class _GramGap(Function):
         ctx: Any,
         z1: Tensor,
         z2: Tensor,
-        order: Tensor | None,
-        stacks: Stacks,
-        weights: list[float],
-        mean: bool,
+        compare: Callable[..., tuple[Tensor, Tensor]],
         plain: Plain,
         derive: bool,
     ) -> Tensor:
-        dtype = computed_in(z1)
-        u, length = _unit_rows(z1, z2, order, dtype if reads_values(z1) else exact(z1[:0]).dtype)
-        pieces = list(_cut(u, stacks))
-        if u.dtype == torch.float32 and reads_values(z1) and any(map(_nearly_coincide, pieces)):
-            u, length = _unit_rows(z1, z2, order, torch.float64)
-            pieces = list(_cut(u, stacks))
-        by_columns = dtype != torch.float64
-        chunks, leading = sum(k for k, _ in stacks), z1.shape[:-2]
-        averaged = (chunks * leading.numel() or math.nan) if mean else 1
-        gaps, gradients = [], []
-        for rows, lengths, (k, n), weight in zip(
-            pieces, _cut(length, stacks), stacks, weights, strict=True
-        ):
-            scale = weight / averaged
-            factor = 4 * scale if derive else None
-            gap, gradient = _compare(rows, lengths, factor, by_columns=by_columns)
-            gaps.append((gap.sum() if mean else gap.sum(-1).view(*leading, k)) * scale)
-            if gradient is not None:
-                gradients.append(gradient.view(2, *leading, k * n, u.shape[-1]))
+        loss, by_row = compare(z1, z2, derive=derive)
         if derive:
-            ctx.save_for_backward(z1, z2, order, _joined(gradients, -2).to(dtype))
-            ctx.stacks, ctx.plain = stacks, plain
-        loss = sum(gaps[1:], gaps[0]) if mean else _joined(gaps, -1)
-        return loss.to(dtype)
+            ctx.save_for_backward(z1, z2, by_row)
+            ctx.plain = plain
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        z1, z2, order, by_row = ctx.saved_tensors
-        no_others = (None,) * 6  # the gradients of the other arguments
+        z1, z2, by_row = ctx.saved_tensors
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad[:2]
-            return *plain_gradients(ctx.plain, (z1, z2), needed, gradient), *no_others
-        if gradient.ndim:  # one for each chunk: repeat it for the rows
-            parts = gradient.split([k for k, _ in ctx.stacks], -1)
-            rows = zip(parts, ctx.stacks, strict=True)
-            gradient = torch.cat([g.repeat_interleave(n, -1) for g, (_, n) in rows], -1)
-            gradient = gradient.unsqueeze(-1)
-        gradients = (by_row * gradient).to(z1.dtype)
-        if order is not None:
-            zeros = gradients.new_zeros(2, *z1.shape)
-            gradients = zeros.index_copy_(-2, order, gradients)
-        return *gradients.unbind(), *no_others
+            return *plain_gradients(ctx.plain, (z1, z2), needed, gradient), None, None, None
+        return *gradients_of_views(by_row, gradient, z1), None, None, None
+
+
+def gradients_of_views(by_row: Tensor, gradient: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of both views, from those of the loss `()` or of chunks `(*, chunks)`.
+
+    `by_row` `(2, *, N, D)` has the gradient of the sum of the losses.
+    """
+    if gradient.ndim:
+        chunk = chunk_of_rows(gradient.shape[-1], z.shape[-2], z.device)
+        gradient = gradient.index_select(-1, chunk).unsqueeze(-1)
+    return (by_row * gradient).to(z.dtype).unbind()
+
+
+def compare(
+    z1: Tensor, z2: Tensor, layout: Layout, scale: str, *, mean: bool, derive: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss `()` or that of each chunk `(*, chunks)`, and the gradient of its sum.
+
+    The rows are taken in the order of the layout, or as they are, and cut into its stacks `(k, n)`,
+    k chunks of n rows each. The gradient is `(2, *, N, D)`, or empty without `derive`.
+    """
+    order, stacks = layout
+    if order is not None:
+        order = order.to(z1.device, non_blocking=True)
+    dtype = computed_in(z1)
+    u, length = _unit_rows(z1, z2, order, dtype if reads_values(z1) else exact(z1[:0]).dtype)
+    pieces = list(_cut(u, stacks))
+    if u.dtype == torch.float32 and reads_values(z1) and any(map(_nearly_coincide, pieces)):
+        u, length = _unit_rows(z1, z2, order, torch.float64)
+        pieces = list(_cut(u, stacks))
+    by_columns = dtype != torch.float64
+    chunks, leading = sum(k for k, _ in stacks), z1.shape[:-2]
+    averaged = (chunks * leading.numel() or math.nan) if mean else 1
+    gaps, gradients = [], []
+    for rows, lengths, (k, n) in zip(pieces, _cut(length, stacks), stacks, strict=True):
+        weight = pair_weight(n, scale) / averaged
+        factor = 4 * weight if derive else None
+        gap, gradient = _compare(rows, lengths, factor, by_columns=by_columns)
+        gaps.append((gap.sum() if mean else gap.sum(-1).view(*leading, k)) * weight)
+        if gradient is not None:
+            gradients.append(gradient.view(2, *leading, k * n, u.shape[-1]))
+    loss = sum(gaps[1:], gaps[0]) if mean else _joined(gaps, -1)
+    loss = loss.to(dtype)
+    if not derive:
+        return loss, loss.new_empty(0)
+    by_row = _joined(gradients, -2).to(dtype)
+    if order is not None:
+        by_row = by_row.new_zeros(2, *z1.shape).index_copy_(-2, order, by_row)
+    return loss, by_row
+
+
+def compare_by_id(
+    z1: Tensor, z2: Tensor, ids: Tensor, scale: str, *, derive: bool
+) -> tuple[Tensor, Tensor]:
+    """Do the same for the mean loss of chunks of the same id `(N,)`, without reading the ids.
+
+    No tile of the matrix of all pairs of rows can be left out, but each serves its rows and its
+    columns. With W_ij for what a pair weighs, 0 of two different chunks, a tile of Δ comes from
+    one product of [U, V] and [U, -V]ᵀ, and [Δ U, -Δ V] from those of W ∘ Δ and [U, -V].
+    """
+    ids = ids.to(z1.device, non_blocking=True)
+    in_order = ids.sort().values
+    first, behind = (torch.searchsorted(in_order, ids, right=right) for right in (False, True))
+    n = behind - first  # for each row, the size of its chunk
+    leading, (rows, d) = z1.shape[:-2], z1.shape[-2:]
+    alone = n < 2
+    z1, z2 = (z.masked_fill(alone.unsqueeze(-1), 0) for z in (z1, z2))
+    u, length = _unit_rows(z1, z2, None, exact(z1[:0]).dtype)
+    # The clamp keeps rows without a partner finite; no pair carries their weight.
+    sizes = n.to(u.dtype)
+    chunks = (~alone / sizes).sum()  # 0 where no id occurs twice: the loss is NaN
+    weight = pair_weight(sizes.clamp_min(2), scale) / (chunks * leading.numel())
+    loss = u.new_full((), 0 if leading.numel() else math.nan)
+    batches = u.view(2, leading.numel(), rows, d).unbind(1)
+    by_row = torch.zeros_like(u) if derive else u.new_empty(0)
+    outs = by_row.view(2, leading.numel(), rows, d).unbind(1) if derive else batches
+    buffer = u.new_empty(math.prod(tile(u.device)))
+    with without_autocast(u):
+        for (a, b), out in zip(batches, outs, strict=True):
+            left, right = torch.cat((a, b), -1), torch.cat((a, -b), -1)
+            products = torch.zeros_like(left)
+            for i, j, below in tiles_of_triangle(rows, *tile(u.device)):
+                shape = i.stop - i.start, j.stop - j.start
+                delta = buffer[: shape[0] * shape[1]].view(shape)
+                torch.mm(left[i], right[j].mT, out=delta)
+                delta.masked_fill_(ids[i].unsqueeze(-1) != ids[j], 0)
+                delta.diagonal(i.start - j.start).zero_()
+                weighted = delta * weight[i].unsqueeze(-1)  # pairs of a chunk weigh the same
+                squares = delta.mul_(weighted).sum(0)
+                loss += squares.sum() + squares[below:].sum()
+                if derive:
+                    products[i].addmm_(weighted, right[j])
+                    mirrored = slice(j.start + below, j.stop)
+                    products[mirrored].addmm_(weighted[:, below:].mT, right[i])
+            if derive:
+                out.copy_(products.view(rows, 2, d).movedim(1, 0).mul_(4))
+    dtype = computed_in(z1)
+    if not derive:
+        return loss.to(dtype), loss.new_empty(0)
+    return loss.to(dtype), gradient_of_rows(by_row, u, length)[0].to(dtype)
 
 
 def _cut(x: Tensor, stacks: Stacks) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ and each tile serves both its rows and its columns. If the rows belong to severa
 compares its own with all others in the same way (:func:`losses_among`, :func:`gradient_among`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,11 +30,13 @@ from torch.autograd import Function
 from care_loss._autograd.paths import (
     Input,
     Plain,
+    cut,
     is_batch_of_gradients,
     is_dense,
     need_gradient,
     plain_gradients,
     tile,
+    tiles_of_triangle,
 )
 from care_loss._autograd.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, exact, without_autocast
@@ -60,36 +63,10 @@ class _Dense(Function):
     def forward(
         ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, derive: bool
     ) -> Tensor:
-        n = z1.shape[-2]
-        u, length = _unit_rows(z1, z2)
-        with without_autocast(u):
-            scaled = u / temperature
-            positive = _positive(scaled, u, n)
-            scores = scaled @ u.mT
-            # The entries (i, i) and (i, p(i)) of all rows, which are no negatives.
-            excluded = scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
-            if _bounded(temperature):
-                exp_scores = scores.exp_()
-                excluded.zero_()
-                negative = exp_scores.sum(-1).log()
-            else:
-                excluded.fill_(-torch.inf)
-                negative = scores.logsumexp(-1)
-            losses, total, mass = _losses(positive, negative.unflatten(-1, (2, n)))
-            if derive:
-                total = total.flatten(-2)
-                # W_ij with g_i = 1; the excluded entries are 0.
-                if _bounded(temperature):
-                    exp_minus_t = torch.exp(-total)
-                    weights = exp_scores.mul_(exp_minus_t.unsqueeze(-1) + exp_minus_t.unsqueeze(-2))
-                else:
-                    exp_s_minus_t = scores.sub_(total.unsqueeze(-1)).exp_()
-                    weights = exp_s_minus_t + exp_s_minus_t.mT
-                gradient = weights @ u
-                _add_positives(gradient, u, mass.sum(-2))
-                gradient.div_(temperature).div_(max(losses.numel(), 1))
-                save(ctx, z1, z2, temperature, plain, *gradient_of_rows(gradient, u, length))
-        return losses.mean()
+        loss, *gradients = dense(z1, z2, temperature, derive)
+        if derive:
+            save(ctx, z1, z2, temperature, plain, *gradients)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,38 +83,100 @@ class _Tiled(Function):
     def forward(
         ctx: Any, z1: Tensor, z2: Tensor, temperature: Input, plain: Plain, derive: bool
     ) -> Tensor:
-        n = z1.shape[-2]
-        u, length = _unit_rows(z1, z2)
-        with without_autocast(u):
-            positive = _positive(u / temperature, u, n)
-            negative = u.new_empty(u.shape[:-1], dtype=exact(u[:0]).dtype)
-            for rows, sums in zip(_batches(u), negative.view(-1, 2 * n), strict=True):
-                _log_sums(rows, temperature, out=sums)
-        losses, total, mass = _losses(positive, negative.unflatten(-1, (2, n)))
+        losses, *results = tiled(z1, z2, temperature)
         if derive:
-            save(ctx, z1, z2, temperature, plain, u, length, total, mass)
-        return losses.to(u.dtype)
+            save(ctx, z1, z2, temperature, plain, *results)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, u, length, total, mass = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batch_of_gradients(gradient):
             return *second_derivatives(ctx, inputs, gradient), None, None
-        temperature, n = temperature_of(ctx, inputs), total.shape[-1]
-        gradient, scale = _without_scale(gradient)
-        by_row = torch.zeros_like(u)
-        with without_autocast(u):
-            for rows, t, g, out in zip(
-                _batches(u),
-                total.view(-1, 2 * n),
-                gradient.reshape(-1, 2 * n),
-                _batches(by_row),
-                strict=True,
-            ):
-                _weighted_sums(rows, temperature, t, g, out=out)
-        _add_positives(by_row, u, (gradient * mass).sum(-2).to(u.dtype))
-        by_row.div_(temperature).mul_(scale)
-        return *gradients_of_inputs(ctx, inputs, *gradient_of_rows(by_row, u, length)), None, None
+        temperature = temperature_of(ctx, inputs)
+        rows = gradient_of_tiled(u, length, total, mass, temperature, gradient)
+        return *gradients_of_inputs(ctx, inputs, *rows), None, None
+
+
+def dense(
+    z1: Tensor, z2: Tensor, temperature: Input, derive: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean loss `()`, its gradient, and the inner products of that and unit rows.
+
+    The gradient is that of the rows of both views, `(*, 2N, D)`. Without `derive`, both are empty.
+    """
+    n = z1.shape[-2]
+    u, length = _unit_rows(z1, z2)
+    with without_autocast(u):
+        scaled = u / temperature
+        positive = _positive(scaled, u, n)
+        scores = scaled @ u.mT
+        # The entries (i, i) and (i, p(i)) of all rows, which are no negatives.
+        excluded = scores.unflatten(-2, (2, n)).unflatten(-1, (2, n)).diagonal(0, -3, -1)
+        if is_bounded(temperature):
+            exp_scores = scores.exp_()
+            excluded.zero_()
+            negative = exp_scores.sum(-1).log()
+        else:
+            excluded.fill_(-torch.inf)
+            negative = scores.logsumexp(-1)
+        losses, total, mass = losses_of(positive, negative.unflatten(-1, (2, n)))
+        if not derive:
+            return losses.mean(), losses.new_empty(0), losses.new_empty(0)
+        total = total.flatten(-2)
+        # W_ij with g_i = 1; the excluded entries are 0.
+        if is_bounded(temperature):
+            exp_minus_t = torch.exp(-total)
+            weights = exp_scores.mul_(exp_minus_t.unsqueeze(-1) + exp_minus_t.unsqueeze(-2))
+        else:
+            exp_s_minus_t = scores.sub_(total.unsqueeze(-1)).exp_()
+            weights = exp_s_minus_t + exp_s_minus_t.mT
+        gradient = weights @ u
+        _add_positives(gradient, u, mass.sum(-2))
+        gradient.div_(temperature).div_(max(losses.numel(), 1))
+        return losses.mean(), *gradient_of_rows(gradient, u, length)
+
+
+def tiled(
+    z1: Tensor, z2: Tensor, temperature: Input
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss of each anchor `(*, 2, N)`, and what its gradient needs.
+
+    These are the unit rows of both views and their lengths, and t_i and q_i of each anchor.
+    """
+    n = z1.shape[-2]
+    u, length = _unit_rows(z1, z2)
+    with without_autocast(u):
+        positive = _positive(u / temperature, u, n)
+        negative = u.new_empty(u.shape[:-1], dtype=exact(u[:0]).dtype)
+        for rows, sums in zip(_batches(u), negative.view(-1, 2 * n), strict=True):
+            _log_sums(rows, temperature, out=sums)
+    losses, total, mass = losses_of(positive, negative.unflatten(-1, (2, n)))
+    return losses.to(u.dtype), u, length, total, mass
+
+
+def gradient_of_tiled(
+    u: Tensor, length: Tensor, total: Tensor, mass: Tensor, temperature: Input, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the rows of both views, from that of the losses `(*, 2, N)`.
+
+    And the inner products of that and unit rows.
+    """
+    n = total.shape[-1]
+    gradient, scale = _without_scale(gradient)
+    by_row = torch.zeros_like(u)
+    with without_autocast(u):
+        for rows, t, g, out in zip(
+            _batches(u),
+            total.view(-1, 2 * n),
+            gradient.reshape(-1, 2 * n),
+            _batches(by_row),
+            strict=True,
+        ):
+            _weighted_sums(rows, temperature, t, g, out=out)
+    _add_positives(by_row, u, (gradient * mass).sum(-2).to(u.dtype))
+    by_row.div_(temperature).mul_(scale)
+    return gradient_of_rows(by_row, u, length)
 
 
 def losses_among(u: Tensor, own: slice, temperature: Input) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,10 +192,10 @@ def losses_among(u: Tensor, own: slice, temperature: Input) -> tuple[Tensor, Ten
         negative = u.new_empty(2 * n, dtype=exact(u[:0]).dtype)
         _log_sums(anchors, temperature, out=negative)
         for scores, rows, _ in _rectangles(u, own, temperature):
-            sums = scores.exp_().sum(-1).log_() if _bounded(temperature) else scores.logsumexp(-1)
+            sums = scores.exp_().sum(-1).log_() if is_bounded(temperature) else scores.logsumexp(-1)
             part = negative[rows.start - own.start : rows.stop - own.start]
             torch.logaddexp(part, sums.to(part.dtype), out=part)
-    return _losses(positive, negative.view(2, n))
+    return losses_of(positive, negative.view(2, n))
 
 
 def gradient_among(
@@ -191,7 +230,7 @@ def _batches(u: Tensor) -> Tensor:
     return u.view(-1, *u.shape[-2:])
 
 
-def _bounded(temperature: Input) -> bool:
+def is_bounded(temperature: Input) -> bool:
     """Whether exponentials of scores and their sums need no shift: exp(64) = 6e27."""
     return not isinstance(temperature, Tensor) and temperature >= 1 / 64
 
@@ -212,7 +251,7 @@ def _positive(scaled: Tensor, u: Tensor, n: int) -> Tensor:
     return (scaled[..., :n, :] * u[..., n:, :]).sum(-1).unsqueeze(-2)
 
 
-def _losses(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def losses_of(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the log of the sum over all and the mass of the negatives, `(*, 2, N)`."""
     excess = negative - positive
     losses = F.softplus(excess, threshold=60)  # beyond it, log1p adds e^-60 or less
@@ -282,17 +321,13 @@ class _Tile(NamedTuple):
 
 def _tiles(u: Tensor, temperature: Input) -> Iterator[_Tile]:
     """Yield the tiles on and above the diagonal of the scores of rows `(M, D)`."""
-    height, width = tile(u.device)
     scaled = u / temperature
-    buffer = u.new_empty(height * width)
-    for i in range(0, len(u), height):
-        for j in range(i, len(u), width):
-            rows = slice(i, min(i + height, len(u)))
-            columns = slice(j, min(j + width, len(u)))
-            shape = rows.stop - i, columns.stop - j
-            scores = buffer[: shape[0] * shape[1]].view(shape)
-            torch.mm(scaled[rows], u[columns].mT, out=scores)
-            yield _Tile(scores, rows, columns, min(max(rows.stop - j, 0), shape[1]))
+    buffer = u.new_empty(math.prod(tile(u.device)))
+    for rows, columns, below in tiles_of_triangle(len(u), *tile(u.device)):
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        scores = buffer[: shape[0] * shape[1]].view(shape)
+        torch.mm(scaled[rows], u[columns].mT, out=scores)
+        yield _Tile(scores, rows, columns, below)
 
 
 def _fill(scores: Tensor, rows: slice, columns: slice, n: int, value: float) -> None:
@@ -303,7 +338,7 @@ def _fill(scores: Tensor, rows: slice, columns: slice, n: int, value: float) -> 
 
 def _log_sums(u: Tensor, temperature: Input, *, out: Tensor) -> None:
     """Sum the exponentials of the scores of each row over its negatives, `(M, D)` -> `(M,)`."""
-    bounded, n = _bounded(temperature), len(u) // 2
+    bounded, n = is_bounded(temperature), len(u) // 2
     nothing = 0 if bounded else -torch.inf
     out.fill_(nothing)
     for scores, rows, columns, below in _tiles(u, temperature):
@@ -343,29 +378,25 @@ def _weights(
     """Return what turns the scores of some rows and columns into W_ij, in place."""
     g_exp_minus_t, total = (gradient * torch.exp(-total)).to(dtype), total.to(dtype)
 
-    def bounded(scores: Tensor, rows: slice, columns: slice) -> Tensor:
+    def by_one_exponential(scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Scores are small enough for one exponential per pair."""
         return scores.exp_().mul_(g_exp_minus_t[rows, None] + g_exp_minus_t[columns])
 
-    def unbounded(scores: Tensor, rows: slice, columns: slice) -> Tensor:
+    def by_two_exponentials(scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Scores of any size need two, one for each anchor."""
         by_row = (scores - total[rows, None]).exp_().mul_(gradient[rows, None])
         return scores.sub_(total[columns]).exp_().mul_(gradient[columns]).add_(by_row)
 
-    return bounded if _bounded(temperature) else unbounded
+    return by_one_exponential if is_bounded(temperature) else by_two_exponentials
 
 
 def _rectangles(u: Tensor, own: slice, temperature: Input) -> Iterator[tuple[Tensor, slice, slice]]:
     """Yield the scores of the rows `own` with all others, in one buffer, with rows and columns."""
     height, width = tile(u.device)
     buffer = u.new_empty(height * width)
-    for rows in _cut(own.start, own.stop, height):
+    for rows in cut(own.start, own.stop, height):
         scaled = u[rows] / temperature
-        for columns in (*_cut(0, own.start, width), *_cut(own.stop, len(u), width)):
+        for columns in (*cut(0, own.start, width), *cut(own.stop, len(u), width)):
             shape = len(scaled), columns.stop - columns.start
             scores = buffer[: shape[0] * shape[1]].view(shape)
             yield torch.mm(scaled, u[columns].mT, out=scores), rows, columns
-
-
-def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))

@@ -4,7 +4,7 @@ The numbers for CPUs were measured on two of them (docs/speed.md), those for oth
 GPU: docs/cuda.md says which rows of benchmarks/cuda_paths.py decide.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ MIN_ROWS_PER_DIMENSION = 4
 
 def use_autograd_function(*inputs: Input) -> bool:
     """Whether an `autograd.Function` can serve this call; otherwise the plain composition must."""
-    # Compilers fuse the plain composition themselves, and tracers shall record operations.
+    # Tracers shall record operations.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_proxied():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if torch._C._are_functorch_transforms_active():  # there is no public way to ask
@@ -53,6 +53,22 @@ def tile(device: torch.device) -> tuple[int, int]:
     if device.type != "cpu":
         return 4096, 8192
     return (256, 1024) if torch.get_num_threads() == 1 else (1024, 4096)
+
+
+def cut(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Yield slices of this size, and a shorter last one."""
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def tiles_of_triangle(m: int, height: int, width: int) -> Iterator[tuple[slice, slice, int]]:
+    """Yield rows and columns of the tiles on and above the diagonal of a matrix `(m, m)`.
+
+    And the number of columns of each in which it has, or mirrors, pairs of rows of the tile.
+    """
+    for rows in cut(0, m, height):
+        for columns in cut(rows.start, m, width):
+            below = min(max(rows.stop - columns.start, 0), columns.stop - columns.start)
+            yield rows, columns, below
 
 
 def reads_values(x: Tensor) -> bool:
