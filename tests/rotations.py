@@ -84,3 +84,11 @@ def assert_optimal(m, r, special):
         assert low[0] + low[1] >= -100 * EPS * scale
     elif not special:
         assert low[0] >= -100 * EPS * scale
+
+
+def slope_of_other_bases(ours, free):
+    """The slope of the mean squared distance of rotations in their basis: 0 at the nearest one."""
+    skew = torch.zeros_like(ours[0], requires_grad=True)
+    q = torch.linalg.matrix_exp(skew - skew.mT)
+    error = (q @ ours @ q.mT - free).square().sum() / len(ours)
+    return torch.autograd.grad(error, skew)[0].norm()

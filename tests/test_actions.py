@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from rotations import slope_of_other_bases
 from strategies import orthogonal, seeds
 
 from care_loss.actions import CircleAction, fit_circle
+from care_loss.rotation import fit_rotation
 
 PI = math.pi
 METHODS = ["rotation", "apply", "parts", "pose", "invariants", "bispectrum", "canonical"]
@@ -261,6 +263,9 @@ def test_the_ascent_does_not_lessen_the_fit():
     action = fitted(z1, z2, angles, multiplicity=[1, 1, 2])
     assert 0.3 < action.explained < 1
     assert action.explained > action.explained_free  # it has fewer free numbers
+    unit = [x / x.norm(dim=-1, keepdim=True) for x in (z1, z2)]
+    free = fit_rotation(unit[0].expand_as(unit[1]), unit[1], special=True).rotation
+    assert slope_of_other_bases(action.rotation(angles), free) < 1e-10
 
 
 def test_the_share_of_the_subspace():

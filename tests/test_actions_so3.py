@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rotations import slope_of_other_bases
 from strategies import orthogonal, seeds
 
 from care_loss._characters import nearest_counts
 from care_loss.actions import SO3Action, fit_so3
 from care_loss.actions._highest import matrix_of, quaternion_of
+from care_loss.actions._so3 import _Rotations
 from care_loss.actions._spherical import couplings, wigner
 from care_loss.rotation import fit_rotation
 
@@ -409,6 +411,11 @@ def test_multiplicities_are_right_under_noise(multiplicity):
         assert action.multiplicity.tolist() == multiplicity
 
 
+def test_features_are_orthonormal():
+    features = _Rotations(rotations(20_000), 2).features(2)
+    close(features.mT @ features / 20_000, torch.eye(35, dtype=torch.float64), 0.06)
+
+
 def test_the_basis_is_the_nearest_one():
     plant, g = planted([1, 1, 1]), rotations(60)
     z = rows(plant, 40)
@@ -425,6 +432,7 @@ def test_the_basis_is_the_nearest_one():
         for skew in (step - step.mT, step.mT - step):
             other = SO3Action(torch.linalg.matrix_exp(skew) @ action.basis, [1, 1, 1])
             assert (other.rotation(g) - free).square().sum() > least
+    assert slope_of_other_bases(action.rotation(g), free) < 1e-10
 
 
 @given(st.lists(st.floats(-1, 3), min_size=3, max_size=3), st.integers(1, 14))
