@@ -3,7 +3,7 @@
     python benchmarks/cuda_paths.py --csv build/cuda/cuda-paths.csv
     python benchmarks/cuda_paths.py --device cpu --quick               # does the script run?
 
-docs/cuda.md says which constant or choice of the code follows from which rows. The sections:
+docs/speed.md says which constant or choice of the code follows from which rows. The sections:
 
 * steps: losses whose operations do not make the host wait for the device, and their capture as CUDA
   graphs, replayed and compared.

@@ -52,6 +52,26 @@ def svd_special(source: Tensor, target: Tensor) -> Tensor:
     return torch.cat((u[..., :-1], u[..., -1:] * sign[..., None, None]), -1) @ vh
 
 
+def corrected(source: Tensor, target: Tensor) -> Tensor:
+    """Decompose in float32, and take a step of Newton's method in float64."""
+    m = source.double().mT @ target.double()
+    u, s, vh = (x.double() for x in torch.linalg.svd(m.float()))
+    r = polished(u @ vh)
+    skew = vh @ (r.mT @ m - m.mT @ r) @ vh.mT / (s.unsqueeze(-1) + s.unsqueeze(-2))
+    return polished(r + r @ vh.mT @ skew @ vh).float()
+
+
+def by_eigenvectors(source: Tensor, target: Tensor) -> Tensor:
+    """Decompose M'M in float64, which squares the condition of M."""
+    m = source.double().mT @ target.double()
+    squares, v = torch.linalg.eigh(m.mT @ m)
+    return polished(m @ v / squares.sqrt().unsqueeze(-2) @ v.mT).float()
+
+
+def polished(r: Tensor) -> Tensor:
+    return 1.5 * r - 0.5 * r @ (r.mT @ r)
+
+
 def scipy(source: Tensor, target: Tensor) -> Tensor:
     from scipy.linalg import orthogonal_procrustes
 
@@ -83,6 +103,9 @@ def contenders(b: int, n: int, d: int, device: str) -> dict[str, tuple[Fit, bool
         "care_loss": (lambda x, y: fit_rotation(x, y).rotation, False, True),
         "care_loss, SO(D)": (lambda x, y: fit_rotation(x, y, special=True).rotation, True, True),
     }
+    if n > d:  # else M is singular
+        found["SVD in float32, corrected"] = corrected, False, False
+        found["eigenvectors of M'M"] = by_eigenvectors, False, False
     if importlib.util.find_spec("roma"):
         # Its backward forms a Jacobian of D^4 entries.
         backward = 4 * b * d**4 < GIGABYTE

@@ -76,7 +76,9 @@ def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row
 
     losses: dict[str, Callable[..., Tensor]] = {
         OURS: lambda z, e, _: contrast(z, e),
-        "torch.compile of care_loss": torch.compile(lambda z, e, _: contrast(z, e), fullgraph=True),
+        "torch.compile of care_loss": torch.compile(
+            lambda z, e, _: contrast(z, e), fullgraph=True, dynamic=False
+        ),
         "textbook fit with autograd": through(textbook),
         "linear map": through(linear),
         "CARE, three forwards": lambda z, e, z2: care(z, z2, z, e),

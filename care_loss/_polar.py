@@ -87,7 +87,7 @@ def _by_lapack(x: Tensor) -> bool:
     """Whether LAPACK decomposes these matrices: on a CPU, and those of middle size of a GPU.
 
     CUDA takes those of up to 32 x 32 as one batch, and larger ones one by one, which is slower than
-    LAPACK up to 128 x 128, as slow at 256 x 256, and less exact (docs/cuda.md).
+    LAPACK up to 128 x 128, as slow at 256 x 256, and less exact (docs/speed.md).
     """
     middle = max(x.shape[-2:]) > 32 and min(x.shape[-2:]) <= 256
     return x.device.type == "cpu" or (x.is_cuda and middle)
@@ -134,7 +134,7 @@ def determinant(q: Tensor) -> Tensor:
     It counts the reflections of a QR decomposition. In float32 `det` underflows (to 0 from D = 384
     on), and `slogdet` shares its LU decompositions, which can be wrong for batches: with torch
     2.13, MKL and two threads they are, from D = 256 on. On CUDA `geqrf` takes matrices one by one,
-    and `slogdet` is right (docs/cuda.md). An operator, as torch.compile does not know the shapes
+    and `slogdet` is right (docs/speed.md). An operator, as torch.compile does not know the shapes
     of `geqrf`.
     """
     if q.is_cuda:

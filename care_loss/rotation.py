@@ -350,7 +350,7 @@ def rotation_angles(rotation: Tensor) -> Tensor:
     values of :math:`R - I` and :math:`R + I`, :math:`2 \sin(\theta / 2)` and
     :math:`2 \cos(\theta / 2)`, the angles are accurate to :math:`10 \varepsilon \sqrt D` near 0,
     near :math:`\pi` and where they repeat. On a GPU, up to D = 32, they are as accurate as
-    the singular values of its solver (docs/cuda.md).
+    the singular values of its solver (docs/speed.md).
 
     Args:
         rotation: Matrices of SO(D), `(*, D, D)`.

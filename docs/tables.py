@@ -18,6 +18,8 @@ DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
 EXAMPLES = DOCS / "examples" / "results"
 SEEDS = range(3)
+WITH, WITHOUT = "SimCLR with the augmentation", "SimCLR without the augmentation"
+THREE, FOUR, UNIFORMITY = "CARE, three forwards", "CARE, four forwards", "uniformity"
 Row = dict[str, str]
 Table = list[list[str]]  # the first line is the header
 Cell = Callable[[Row], str]
@@ -87,6 +89,15 @@ def memory() -> Table:
         return "" if row["MB"] == "nan" else f"{float(row['MB']):,.0f}"
 
     return pivot(results("memory-cpu"), "contender", cell, "N", "D")
+
+
+def negatives() -> Table:
+    """The time with a queue in units of its products, and the memory at the peak."""
+
+    def cell(row: Row) -> str:
+        return f"{float(row['ratio']):.2f}, {row['MB']} MB"
+
+    return pivot(results("negatives-cpu"), "contender", cell, "N", "D")
 
 
 def operations() -> Table:
@@ -252,12 +263,12 @@ T_QUANTILE = {
 }  # of Student's distribution for 95 %, by degrees of freedom
 
 
-def mean_and_interval(values: list[float]) -> str:
+def mean_and_interval(values: list[float], digits: int = 3) -> str:
     """Return the mean, and the half width of its 95 % interval, over seeds."""
     if any(map(math.isnan, values)):
         return "not defined"
     half = T_QUANTILE[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 MEASURED = {"gap ratio": "gap_ratio", "loss, shared": "shared_gap", "loss, own": "unshared_gap"}
@@ -277,9 +288,9 @@ def against_controls(name: str) -> Table:
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
     columns |= {"composition": "composition_share", "kNN": "kNN"}
     table = [["arm", "minus", *columns]]
-    for arm in ("published", "apart", "uniform", "CE-SSL", "CE-SSL, changes"):
+    for arm in (FOUR, THREE, UNIFORMITY, "CE-SSL", "CE-SSL, changes"):
         of_arm = [row for row in rows if row["arm"] == arm]
-        for label, control in (("placebo", f"placebo of {arm}"), ("SimCLR without",) * 2):
+        for label, control in (("placebo", f"placebo of {arm}"), (WITHOUT,) * 2):
             differences = [
                 [float(row[key]) - float(found[control, row["seed"]][key]) for row in of_arm]
                 for key in columns.values()
@@ -288,9 +299,24 @@ def against_controls(name: str) -> Table:
     return table
 
 
+def ordinary_views() -> Table:
+    """The gap ratio and kNN of the main arms, in a line for each group."""
+    shown = WITH, WITHOUT, FOUR, THREE, f"placebo of {THREE}"
+    table = [["gap ratio; kNN", *shown]]
+    for name in GROUPS:
+        rows = experiment(f"arms-{name}")
+        cells = []
+        for arm in shown:
+            some = [row for row in rows if row["arm"] == arm]
+            values = [[float(row[c]) for row in some] for c in ("gap_ratio", "kNN")]
+            cells.append("; ".join(mean_and_interval(v, 2) for v in values))
+        table.append([name, *cells])
+    return table
+
+
 def weights_of(group: str) -> Table:
     rows = experiment(f"arms-{group}") + experiment(f"weights-{group}")
-    rows = [row for row in rows if row["arm"] in ("published", "apart")]
+    rows = [row for row in rows if row["arm"] in (FOUR, THREE)]
     rows.sort(key=lambda row: (row["arm"], float(row["weight"])))
     columns = {"gap ratio": "gap_ratio", "rotation share": "rotation_share"}
     return over_seeds(
@@ -357,7 +383,7 @@ def representations(name: str) -> Table:
 
 def dimensions(name: str, verdict: Cell = verdict_on) -> Table:
     """Which representations there are, for embeddings of several dimensions."""
-    shown = ("apart", "placebo of apart", "uniform", "placebo of uniform")
+    shown = [name for arm in (THREE, UNIFORMITY) for name in (arm, f"placebo of {arm}")]
     rows = [row for row in experiment(name) if row["arm"] in shown]
     table = [["D", "arm", "gap ratio", "rank", "directions with 95 %", "representation, seeds"]]
     for key in dict.fromkeys((row["dim"], row["arm"]) for row in rows):
@@ -380,16 +406,33 @@ def circles(name: str) -> Table:
     return table
 
 
-def uses_of(name: str) -> Table:
-    columns = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
-    columns |= same("found by cosine", "found after rotations", "MRR", "hits@1", "hits@5")
-    return over_seeds(experiment(f"uses-{name}"), columns, "arm", show=rounded)
+def uses(columns: dict[str, str], digits: int = 2) -> Table:
+    """Means and intervals of some columns, in lines for all data, and a column for each arm."""
+    table = []
+    for name in GROUPS:
+        rows = experiment(f"uses-{name}")
+        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        for label, column in columns.items():
+            if column in rows[0]:
+                values = [[float(row[column]) for row in rows if row["arm"] == arm] for arm in arms]
+                cells = [mean_and_interval(some, digits) for some in values]
+                table.append([name, label, *cells])
+    return [["data", "", *arms], *table]
 
 
-def poses_in_space(name: str) -> Table:
-    columns = {"mean error (degrees)": "any axis, mean", "median": "any axis, median"}
-    columns |= {"nearest of those tried": "any axis, nearest"}
-    return over_seeds(experiment(f"uses-{name}"), columns, "arm", show=rounded)
+def multiplicities() -> Table:
+    """Which multiplicities the fits found, with the number of seeds."""
+    table = []
+    for name in GROUPS:
+        rows = experiment(f"uses-{name}")
+        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        kinds = {"circle": "multiplicities", "SO(3)": "any axis: multiplicities"}
+        for label, column in kinds.items():
+            if column in rows[0]:
+                some = ([row for row in rows if row["arm"] == arm] for arm in arms)
+                cells = [counted(x, lambda r, c=column: r[c].replace(" ", ", ")) for x in some]
+                table.append([name, label, *cells])
+    return [["data", "action of", *arms], *table]
 
 
 def probes_of(name: str) -> Table:
@@ -438,17 +481,13 @@ def several_against_controls() -> Table:
     return table
 
 
-CONTROLS_OF = {"CARE, three forwards": "placebo of CARE"}
-CONTROLS_OF |= {"rotation contrast": "placebo of rotation contrast"}
-
-
 def losses_compared() -> Table:
     """Means and intervals of both ways to train, and the better of both controls of each."""
     table = [["data", "D", "arm", "gap ratio", "of the stronger control", "rotation share", "rank"]]
-    for name in CONTRASTED:
+    for name in GROUPS:
         rows = experiment(f"contrast-{name}")
         for dim, arm in dict.fromkeys((row["dim"], row["arm"]) for row in rows):
-            if arm not in CONTROLS_OF:
+            if arm not in (THREE, "rotation contrast"):
                 continue
 
             def of(figure: str, arm: str = arm, dim: str = dim, rows: list[Row] = rows) -> str:
@@ -456,7 +495,7 @@ def losses_compared() -> Table:
                 values = [float(row[figure]) for row in some]
                 return mean_and_interval(values) if values else ""
 
-            controls = [of("gap_ratio", other) for other in (CONTROLS_OF[arm], "SimCLR without")]
+            controls = [of("gap_ratio", other) for other in (f"placebo of {arm}", WITHOUT)]
             stronger = min(filter(None, controls), key=lambda cell: float(cell.split()[0]))
             table.append([name, dim, arm, of("gap_ratio"), stronger])
             table[-1] += [of("rotation_share"), of("effective_rank")]
@@ -471,17 +510,16 @@ def contrasts_of(name: str) -> Table:
     return over_seeds(rows, columns, "arm", show=rounded)
 
 
-def contrast_uses_of(name: str) -> Table:
-    """What the action of the circle gives, fitted to the embeddings of each arm."""
-    rows = experiment(f"contrast-{name}", dim="16")
-    columns = {"pose, mean error (degrees)": "pose, mean", "pose, median": "pose, median"}
-    found = "kNN, embedding", "kNN, invariants", "probe, embedding", "probe, invariants"
-    columns |= same(*(column for column in found if column in rows[0]))
-    table = over_seeds(rows, columns, "arm", show=rounded)
-    table[0].insert(1, "multiplicities, seeds")
-    for line in table[1:]:
-        some = [row for row in rows if row["arm"] == line[0]]
-        line.insert(1, counted(some, lambda row: row["multiplicities"].replace(" ", ", ")))
+def contrast_bases() -> Table:
+    """Other losses in place of InfoNCE."""
+    table = [["D", "base loss", "gap ratio", "rotation share", "rank", "kNN"]]
+    rows = experiment("contrast-bases-clouds")
+    for dim, arm in dict.fromkeys((row["dim"], row["arm"]) for row in rows):
+        if arm != "untrained":
+            some = [row for row in rows if (row["dim"], row["arm"]) == (dim, arm)]
+            columns = "gap_ratio", "rotation_share", "effective_rank", "kNN"
+            cells = [mean_and_interval([float(row[c]) for row in some]) for c in columns]
+            table.append([dim, arm, *cells])
     return table
 
 
@@ -501,8 +539,15 @@ def contrast_settings() -> Table:
     )
 
 
-CONTRASTED, NOT_GROUPS = ("clouds", "molecules", "sprites", "hues"), ("crops", "stretches")
-GROUPS = ("clouds", "sprites", "hues", "molecules", "proteins")
+NOT_GROUPS = ("crops", "stretches")
+GROUPS = ("clouds", "molecules", "proteins", "sprites", "hues")
+FEATURES = ("embedding", "invariants", "canonical")
+FOUND = {"embedding": "found, embedding", "invariants": "found, invariants"}
+FOUND |= {"after the pose": "found, aligned"}
+POSES = {"angle, mean": "pose, mean", "angle, median": "pose, median"}
+POSES |= {"angle by 72 fits, mean": "72 fits, mean", "angle by 72 fits, median": "72 fits, median"}
+POSES |= {"rotation, mean": "any axis: pose, mean"}
+POSES |= {"rotation, median": "any axis: pose, median"}
 OF_SPACE = ("clouds", "molecules", "proteins")
 MAX_PROBED_IMAGES = ("orientations", "similarities")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
@@ -525,6 +570,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "care-times": partial(
         times, "care-cpu", "N", "D", "chunks", without=("care_loss, chunks as ids",)
     ),
+    "negatives": negatives,
+    "rotation-contrast-times": partial(times, "rotation_contrast-cpu", "N", "D", "chunks"),
     "operations": operations,
     "step": lambda: listed(
         results("step-cpu"),
@@ -593,6 +640,7 @@ TABLES: dict[str, Callable[[], Table]] = {
         same("verdict", "gap ratio", "rotation share", "composition") | NEIGHBOURS,
     ),
     "natural-frequencies": partial(seeds, "natural/photos", FREQUENCIES | same("mean norm")),
+    "ordinary-views": ordinary_views,
     **{f"{name}-arms": partial(arms_of, f"arms-{name}") for name in GROUPS},
     **{f"{name}-controls": partial(against_controls, f"arms-{name}") for name in GROUPS},
     **{f"{name}-weights": partial(weights_of, name) for name in GROUPS},
@@ -604,12 +652,16 @@ TABLES: dict[str, Callable[[], Table]] = {
     },
     **{f"{name}-circle": partial(circles, name) for name in ("upright", "sprites", "hues")},
     "clouds-longer": partial(dimensions, "longer/representation-clouds"),
-    **{f"{name}-uses": partial(uses_of, name) for name in GROUPS},
     "contrast": losses_compared,
     "contrast-settings": contrast_settings,
-    **{f"contrast-{name}": partial(contrasts_of, name) for name in (*CONTRASTED, *NOT_GROUPS)},
-    **{f"contrast-uses-{name}": partial(contrast_uses_of, name) for name in CONTRASTED},
-    **{f"{name}-any-axis": partial(poses_in_space, name) for name in OF_SPACE},
+    "contrast-bases": contrast_bases,
+    **{f"contrast-{name}": partial(contrasts_of, name) for name in (*GROUPS, *NOT_GROUPS)},
+    "uses-multiplicities": multiplicities,
+    "uses-pose": partial(uses, POSES, 1),
+    "uses-neighbours": partial(uses, {name: f"kNN, {name}" for name in FEATURES}),
+    "uses-probe": partial(uses, {name: f"probe, {name}" for name in FEATURES}),
+    "uses-found": partial(uses, FOUND),
+    "uses-prediction": partial(uses, same("MRR", "hits@1")),
     **{f"{name}-probe": partial(probes_of, f"probe-{name}") for name in MAX_PROBED_IMAGES},
     "similarities-longer": partial(probes_of, "longer/probe-similarities"),
     "several-gaps": partial(several, "gap ratio"),

@@ -11,13 +11,18 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "docs" / "experiments"
+THREE = "CARE, three forwards"
 RUNS = {  # each experiment and each group, with the files of results that it writes
     "theory": ("theory",),
     "ordinary_views --group proteins": ("arms-proteins", "weights-proteins"),
-    "representation --group molecules --dim 16 --arm apart": ("representation-molecules",),
-    "uses --group clouds hues sprites --arm apart": ("uses-clouds", "uses-hues", "uses-sprites"),
-    "circle --arm apart --group upright": ("circle-upright",),
-    "probe --arm apart": ("probe-orientations", "probe-similarities"),
+    f"representation --group molecules --dim 16 --arm '{THREE}'": ("representation-molecules",),
+    f"uses --group clouds hues sprites --arm '{THREE}'": (
+        "uses-clouds",
+        "uses-hues",
+        "uses-sprites",
+    ),
+    f"circle --arm '{THREE}' --group upright": ("circle-upright",),
+    f"probe --arm '{THREE}'": ("probe-orientations", "probe-similarities"),
     "several --arm 'separate views'": ("several",),
     "contrast --part arms --group crops sprites --dim 16 --arm 'rotation contrast'": (
         "contrast-crops",
@@ -102,12 +107,13 @@ def test_a_run_goes_on_where_it_was(first):
 
 def test_a_run_with_other_arms_is_refused(tmp_path):
     labels = {"dim": "2", "seed": "0", "steps": "1"}
-    rows = [labels | {"arm": arm} for arm in ("untrained", "apart")]
+    rows = [labels | {"arm": arm} for arm in ("untrained", "uniformity")]
     write(tmp_path / "representation-clouds.csv", rows)
     options = ("--output", str(tmp_path), "--steps", "1", "--seed", "0", "--group", "clouds")
-    result = run("representation", *options, "--dim", "2", "--arm", "apart", "uniform")
+    result = run("representation", *options, "--dim", "2", "--arm", "uniformity", THREE)
     assert result.returncode != 0
-    assert "was written with --arm ['apart'], got ['apart', 'uniform']: give" in result.stderr
+    refusal = f"was written with --arm ['uniformity'], got ['{THREE}', 'uniformity']: give"
+    assert refusal in result.stderr
 
 
 @pytest.mark.xdist_group("theory")

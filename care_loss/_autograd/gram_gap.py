@@ -173,33 +173,44 @@ def compare_by_id(
     chunks = (~alone / sizes).sum()  # 0 where no id occurs twice: the loss is NaN
     weight = pair_weight(sizes.clamp_min(2), scale) / (chunks * leading.numel())
     loss = u.new_full((), 0 if leading.numel() else math.nan)
-    batches = u.view(2, leading.numel(), rows, d).unbind(1)
-    by_row = torch.zeros_like(u) if derive else u.new_empty(0)
-    outs = by_row.view(2, leading.numel(), rows, d).unbind(1) if derive else batches
-    buffer = u.new_empty(math.prod(tile(u.device)))
+    by_row = u.new_zeros(2, leading.numel(), rows, d)
     with without_autocast(u):
-        for (a, b), out in zip(batches, outs, strict=True):
+        for (a, b), out in zip(u.reshape(by_row.shape).unbind(1), by_row.unbind(1), strict=True):
             left, right = torch.cat((a, b), -1), torch.cat((a, -b), -1)
-            products = torch.zeros_like(left)
-            for i, j, below in tiles_of_triangle(rows, *tile(u.device)):
-                shape = i.stop - i.start, j.stop - j.start
-                delta = buffer[: shape[0] * shape[1]].view(shape)
-                torch.mm(left[i], right[j].mT, out=delta)
-                delta.masked_fill_(ids[i].unsqueeze(-1) != ids[j], 0)
-                delta.diagonal(i.start - j.start).zero_()
-                weighted = delta * weight[i].unsqueeze(-1)  # pairs of a chunk weigh the same
-                squares = delta.mul_(weighted).sum(0)
-                loss += squares.sum() + squares[below:].sum()
-                if derive:
-                    products[i].addmm_(weighted, right[j])
-                    mirrored = slice(j.start + below, j.stop)
-                    products[mirrored].addmm_(weighted[:, below:].mT, right[i])
-            if derive:
-                out.copy_(products.view(rows, 2, d).movedim(1, 0).mul_(4))
+            gap, products = _compare_pairs(left, right, ids, weight, derive=derive)
+            loss += gap
+            out.copy_(products.view(rows, 2, d).movedim(1, 0))
     dtype = computed_in(z1)
     if not derive:
         return loss.to(dtype), loss.new_empty(0)
+    by_row = by_row.mul_(4).view(2, *z1.shape)
     return loss.to(dtype), gradient_of_rows(by_row, u, length)[0].to(dtype)
+
+
+def _compare_pairs(
+    left: Tensor, right: Tensor, ids: Tensor, weight: Tensor, *, derive: bool
+) -> tuple[Tensor, Tensor]:
+    """Return Σ W ∘ Δ² and (W ∘ Δ) [U, -V] of [U, V] and [U, -V] `(N, 2D)`.
+
+    W_ij is `weight` `(N,)` of either of two rows of the same id. Without `derive` there are no
+    products: the second result is 0.
+    """
+    gap, products = left.new_zeros(()), torch.zeros_like(left)
+    height, width = (min(size, len(left)) for size in tile(left.device))
+    buffer = left.new_empty(height * width)
+    for i, j, below in tiles_of_triangle(len(left), height, width):
+        shape = i.stop - i.start, j.stop - j.start
+        delta = torch.mm(left[i], right[j].mT, out=buffer[: shape[0] * shape[1]].view(shape))
+        delta.masked_fill_(ids[i].unsqueeze(-1) != ids[j], 0)
+        delta.diagonal(i.start - j.start).zero_()
+        weighted = delta * weight[i].unsqueeze(-1)
+        squares = delta.mul_(weighted).sum(0)
+        gap += squares.sum() + squares[below:].sum()
+        if derive:
+            products[i].addmm_(weighted, right[j])
+            mirrored = slice(j.start + below, j.stop)
+            products[mirrored].addmm_(weighted[:, below:].mT, right[i])
+    return gap, products
 
 
 def _cut(x: Tensor, stacks: Stacks) -> Iterator[Tensor]:

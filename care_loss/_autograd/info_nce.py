@@ -18,7 +18,6 @@ and each tile serves both its rows and its columns. If the rows belong to severa
 compares its own with all others in the same way (:func:`losses_among`, :func:`gradient_among`).
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -322,8 +321,9 @@ class _Tile(NamedTuple):
 def _tiles(u: Tensor, temperature: Input) -> Iterator[_Tile]:
     """Yield the tiles on and above the diagonal of the scores of rows `(M, D)`."""
     scaled = u / temperature
-    buffer = u.new_empty(math.prod(tile(u.device)))
-    for rows, columns, below in tiles_of_triangle(len(u), *tile(u.device)):
+    height, width = (min(size, len(u)) for size in tile(u.device))
+    buffer = u.new_empty(height * width)
+    for rows, columns, below in tiles_of_triangle(len(u), height, width):
         shape = rows.stop - rows.start, columns.stop - columns.start
         scores = buffer[: shape[0] * shape[1]].view(shape)
         torch.mm(scaled[rows], u[columns].mT, out=scores)

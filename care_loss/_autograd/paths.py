@@ -1,7 +1,7 @@
 """Which path computes a loss: decided here, from the kind of call, the shapes and the settings.
 
-The numbers for CPUs were measured on two of them (docs/speed.md), those for other devices on one
-GPU: docs/cuda.md says which rows of benchmarks/cuda_paths.py decide.
+The numbers for CPUs were measured on two of them, those for other devices on one GPU: docs/speed.md
+has both, and says which rows of benchmarks/cuda_paths.py decide.
 """
 
 from collections.abc import Callable, Iterator, Sequence

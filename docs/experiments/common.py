@@ -23,13 +23,23 @@ from care_loss.views import augment_chunks, shared_views
 Row = dict[str, str]
 Transform = Callable[[Tensor], Tensor]
 BATCH, CHUNKS, DIM, WEIGHT, RATE = 256, 8, 16, 10.0, 2e-3
-COMPARED = ["SimCLR with the group", "SimCLR without", "published", "placebo of published"]
-COMPARED += ["apart", "placebo of apart", "uniform", "placebo of uniform"]
+HALVES = slice(0, None, 2), slice(1, None, 2)  # of held-out rows: they show different images
+WITH, WITHOUT = "SimCLR with the augmentation", "SimCLR without the augmentation"
+THREE, FOUR, UNIFORMITY = "CARE, three forwards", "CARE, four forwards", "uniformity"
 FIGURES = ("gap_ratio", "shared_gap", "unshared_gap", "rotation_share", "linear_share")
 FIGURES += ("composition_share", "effective_rank", "mean_norm")
 DOCS = Path(__file__).parent.parent
 sys.path.append(str(DOCS / "examples"))  # for what the demonstration has already
 matplotlib.style.use(DOCS / "style.mplstyle")
+
+
+def placebo(arm: str) -> str:
+    """Return the name of the no-sharing control of an arm."""
+    return f"placebo of {arm}"
+
+
+COMPARED = [WITH, WITHOUT]
+COMPARED += [name for arm in (FOUR, THREE, UNIFORMITY) for name in (arm, placebo(arm))]
 
 
 class Group(NamedTuple):
@@ -73,7 +83,7 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
         x1, x2 = (group.own_turns(ordinary(x)) for _ in range(2))
         return info_nce(encoder(x1), encoder(x2))
 
-    def published(turn: Transform) -> Arm:
+    def four_forwards(turn: Transform) -> Arm:
         def loss(encoder: nn.Module, x: Tensor) -> Tensor:
             x1, x2 = (group.own_turns(ordinary(x)) for _ in range(2))
             a1, a2, chunks = shared_views(ordinary(x), turn, chunks=CHUNKS, check=False)
@@ -81,7 +91,7 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
 
         return Arm(4, loss)
 
-    def apart(turn: Transform) -> Arm:
+    def three_forwards(turn: Transform) -> Arm:
         def loss(encoder: nn.Module, x: Tensor) -> Tensor:
             x1, x2 = ordinary(x), ordinary(x)
             turned, chunks = augment_chunks(x1, turn, chunks=CHUNKS, check=False)
@@ -113,14 +123,14 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
 
     own = group.own_turns
     return {
-        "SimCLR with the group": Arm(2, simclr_with_group),
-        "SimCLR without": Arm(2, simclr),
-        "published": published(group.turn),
-        "placebo of published": published(own),
-        "apart": apart(group.turn),
-        "placebo of apart": apart(own),
-        "uniform": uniformity(group.turn),
-        "placebo of uniform": uniformity(own),
+        WITH: Arm(2, simclr_with_group),
+        WITHOUT: Arm(2, simclr),
+        FOUR: four_forwards(group.turn),
+        placebo(FOUR): four_forwards(own),
+        THREE: three_forwards(group.turn),
+        placebo(THREE): three_forwards(own),
+        UNIFORMITY: uniformity(group.turn),
+        placebo(UNIFORMITY): uniformity(own),
         "CE-SSL": ce_ssl(group.turn, 0.5),
         "placebo of CE-SSL": ce_ssl(own, 0.5),
         "CE-SSL, changes": ce_ssl(group.turn, 1.0),
@@ -229,8 +239,8 @@ def measured(
 def colour(arm: str) -> str:
     if arm.startswith("placebo"):
         return "C1"
-    ours = "apart", "uniform", "separate views", "composed view"
-    ours += "CARE, three forwards", "rotation contrast", "rotation contrast, O(D)"
+    ours = THREE, UNIFORMITY, "separate views", "composed view"
+    ours += "rotation contrast", "rotation contrast, O(D)"
     return "C0" if arm in ours else "C5"
 
 

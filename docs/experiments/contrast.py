@@ -3,26 +3,31 @@
     python docs/experiments/contrast.py    # five seeds; writes build/experiments
 
 The data, the networks and the number of images are those of the ordinary views. What shall rotate
-is left out of the ordinary views in all arms but "SimCLR with the group". Compared are CARE with
+is left out of the ordinary views in all arms but SimCLR with it. Compared are CARE with
 three forwards, the contrast with what a rotation predicts that was fitted to other rows, and the
 same with a general linear map, the form of EbC (Schmidt et al., NeurIPS 2025); each has a placebo.
 
 Crops and stretches of clouds are there for what happens if an augmentation cannot act as a
 rotation: crops have no inverse, and powers of a stretch have no bound. The second part, "settings",
 trains the rotation contrast with several numbers of chunks and temperatures, on a seed that the
-arms do not use. Trained encoders are kept in the output folder, so that --again measures them anew,
-without training.
+arms do not use; the third, "bases", with other losses in place of InfoNCE. Trained encoders are
+kept in the output folder, so that --again measures them anew, without training; uses.py measures
+what they can be used for.
 """
 
 import argparse
-import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import torch
 from common import (
     DIM,
+    HALVES,
+    THREE,
+    WITH,
+    WITHOUT,
     Arm,
     Group,
     Row,
@@ -31,44 +36,41 @@ from common import (
     each_seed,
     measure,
     measured,
-    nearest,
     options,
+    placebo,
 )
 from common import arms as arms_of_care
 from groups import GROUPS, NOT_GROUPS
 from matplotlib.figure import Figure
-from photos import wrap
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from uses import GRID, HALVES, turned_states
 
 from care_loss import RotationContrastLoss
-from care_loss.actions import fit_circle
+from care_loss.functional import info_nce_loss
 from care_loss.sphere import normalize
 from care_loss.views import augment_chunks
 
 CHUNKS, TEMPERATURE = 4, 0.5
 RIDGE, TEMPERATURE_OF_DISTANCES = 1e-3, 0.1  # of the contrast through linear maps
-OF_CARE = {"SimCLR with the group": "SimCLR with the group", "SimCLR without": "SimCLR without"}
-OF_CARE |= {"CARE, three forwards": "apart", "placebo of CARE": "placebo of apart"}
-ROTATION = ["rotation contrast", "placebo of rotation contrast"]
-LINEAR = ["linear contrast", "placebo of linear contrast"]
-MAIN = [*OF_CARE, *ROTATION]
+ROTATION = ["rotation contrast", placebo("rotation contrast")]
+LINEAR = ["linear contrast", placebo("linear contrast")]
+MAIN = [WITH, WITHOUT, THREE, placebo(THREE), *ROTATION]
 ARMS = [*MAIN, *LINEAR, "rotation contrast, O(D)"]
-FEWER = ["SimCLR without", "CARE, three forwards", *ROTATION]
+FEWER = [WITHOUT, THREE, *ROTATION]
 TRAINED = {  # what is trained, by the dimension of the embedding
-    "clouds": {16: ARMS, 64: FEWER},
+    "clouds": {16: ARMS, 64: FEWER, 128: FEWER},
     "molecules": {16: ARMS, 64: FEWER},
+    "proteins": {16: MAIN},
     "sprites": {16: [*MAIN, LINEAR[0]]},
     "hues": {16: FEWER},
     **{name: {16: MAIN} for name in NOT_GROUPS},
 }
 SETTINGS = [f"{chunks} chunks, {TEMPERATURE}" for chunks in (2, 4, 8, 16)]
 SETTINGS += [f"{CHUNKS} chunks, {temperature}" for temperature in (0.1, 1.0)]
-FILES = {"arms": "contrast-", "settings": "contrast-settings-"}
+BASES = ["Barlow Twins", "VICReg", "MoCo"]
+BARLOW_TWINS, QUEUE, MOMENTUM = 5e-3, 2048, 0.99
+FILES = {"arms": "contrast-", "settings": "contrast-settings-", "bases": "contrast-bases-"}
+WITH_BASES = {"clouds": [16, 64]}
 CHOSEN_ON, CHOSEN_FOR = [11], {"clouds": [16, 64], "molecules": [16, 64], "sprites": [16]}
-SUBSPACE, SHOWN = 0.95, 5
-OF_THE_CIRCLE = "sprites", "hues"
 
 
 def linear_contrast(z: Tensor, z_turned: Tensor, chunks: int) -> Tensor:
@@ -90,9 +92,48 @@ def linear_contrast(z: Tensor, z_turned: Tensor, chunks: int) -> Tensor:
     )
 
 
+def barlow_twins(prediction: Tensor, z_turned: Tensor) -> Tensor:
+    """Make the correlations of the coordinates of both the identity (Zbontar et al., ICML 2021)."""
+    a, b = ((x - x.mean(0)) / x.std(0) for x in (prediction, z_turned))
+    error = a.mT @ b / len(a) - torch.eye(a.shape[-1])
+    return error.diagonal().square().sum() + BARLOW_TWINS * error.square().sum()
+
+
+def vicreg(prediction: Tensor, z_turned: Tensor) -> Tensor:
+    """Keep variances up and covariances down (Bardes et al., ICLR 2022), for rows of length √D."""
+    views = [x.shape[-1] ** 0.5 * normalize(x) for x in (prediction, z_turned)]
+    invariance = nn.functional.mse_loss(*views)
+    variance = sum((1 - (x.var(0) + 1e-4).sqrt()).relu().mean() for x in views) / 2
+    covariances = [x.mT.cov().fill_diagonal_(0).square().sum() / x.shape[-1] for x in views]
+    return 25 * invariance + 25 * variance + sum(covariances)
+
+
+class MoCo:
+    """An arm whose turned views are embedded by a moving average of the encoder, with a queue."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.queue = group, torch.empty(0)
+        self.key_encoder: nn.Module | None = None
+        self.criterion = RotationContrastLoss(base_loss=self.base_loss)
+
+    def base_loss(self, prediction: Tensor, key: Tensor) -> Tensor:
+        queue = self.queue if len(self.queue) else torch.randn_like(key)
+        loss = info_nce_loss(prediction, key, temperature=TEMPERATURE, negatives=queue)
+        self.queue = torch.cat([key, self.queue])[:QUEUE]
+        return loss
+
+    def __call__(self, encoder: nn.Module, x: Tensor) -> Tensor:
+        key_encoder = self.key_encoder = self.key_encoder or deepcopy(encoder).requires_grad_(False)
+        for key, query in zip(key_encoder.parameters(), encoder.parameters(), strict=True):
+            key.lerp_(query.detach(), 1 - MOMENTUM)
+        turned, chunks = augment_chunks(self.group.ordinary(x), self.group.turn, chunks=CHUNKS)
+        z = encoder(self.group.ordinary(x))
+        return self.criterion(z, key_encoder(turned), chunks=chunks)
+
+
 def arms(group: Group, weight: float) -> dict[str, Arm]:
     """Return the arms by name. A placebo is the same with a turn of its own for each image."""
-    of_care = arms_of_care(group, weight)
+    found = arms_of_care(group, weight)
 
     def contrast(turn: Transform, loss_of: Callable[..., Tensor], chunks: int = CHUNKS) -> Arm:
         def loss(encoder: nn.Module, x: Tensor) -> Tensor:
@@ -104,7 +145,6 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
 
     special = RotationContrastLoss(temperature=TEMPERATURE)
     free = RotationContrastLoss(temperature=TEMPERATURE, special=False)
-    found = {name: of_care[known] for name, known in OF_CARE.items()}
     for name, loss in ((ROTATION, special), (LINEAR, linear_contrast)):
         for arm, turn in zip(name, (group.turn, group.own_turns), strict=True):
             found[arm] = contrast(turn, loss)
@@ -113,49 +153,10 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
         chunks, temperature = setting.split(" chunks, ")
         loss = RotationContrastLoss(temperature=float(temperature))
         found[setting] = contrast(group.turn, loss, int(chunks))
+    for name, base in (("Barlow Twins", barlow_twins), ("VICReg", vicreg)):
+        found[name] = contrast(group.turn, RotationContrastLoss(base_loss=base))
+    found["MoCo"] = Arm(2, MoCo(group))
     return found
-
-
-def probe(features: Tensor, identity: Tensor) -> float:
-    """Return how often a linear probe, trained on half of the states, names the image in others."""
-    training = torch.arange(len(features)) < len(features) // 2
-    scaled = (features - features[training].mean(0)) / features[training].std(0).clamp_min(1e-12)
-    model = LogisticRegression(max_iter=2000).fit(scaled[training], identity[training])
-    return float(model.score(scaled[~training], identity[~training]))
-
-
-@torch.no_grad()
-def action(encoder: nn.Module, group: Group, *, invariant: bool) -> dict[str, object]:
-    """Fit an action to each half of the held-out images, and use it on the other half.
-
-    It is that of the turns about one axis. Where the group is the circle, its invariants are asked
-    for the image that they show, too.
-    """
-    z, turned, asked, z_asked = turned_states(encoder, group)
-    found, errors, uses = [], [], []
-    for fit, score in (HALVES, HALVES[::-1]):
-        with warnings.catch_warnings():  # which say that controls do not turn
-            warnings.simplefilter("ignore", UserWarning)
-            fitted = fit_circle(z[fit], turned[:, fit], GRID, subspace=SUBSPACE)
-        found.append(fitted)
-        pose = fitted.pose(z[score], z_asked[score]).element
-        errors.append(wrap(pose - asked[score]).abs().rad2deg())
-        features = {"embedding": z[score]}
-        if invariant:
-            features["invariants"] = fitted.invariants(z[score])
-        identity = group.identity[score]
-        uses.append(
-            {f"kNN, {name}": nearest(x, identity) for name, x in features.items()}
-            | {f"probe, {name}": probe(x, identity) for name, x in features.items()}
-        )
-    error = torch.cat(errors)
-    return {
-        "multiplicities": " ".join(map(str, found[0].multiplicity[:SHOWN].tolist())),
-        "explained": f"{torch.stack([each.explained for each in found]).mean():.3f}",
-        "pose, mean": f"{error.mean():.1f}",
-        "pose, median": f"{error.median():.1f}",
-        **{name: f"{(uses[0][name] + uses[1][name]) / 2:.3f}" for name in uses[0]},
-    }
 
 
 def draw_all(rows: dict[str, list[Row]], path: Path) -> None:
@@ -178,25 +179,23 @@ def main() -> None:
         seeds=[1, 2, 3, 4, 5],
         part=list(FILES),
         group=list(TRAINED),
-        dim=["16", "64"],
+        dim=["16", "64", "128"],
         arm=ARMS,
     )
     shown = {}
     for name in found.group:
-        measures = [measure]
-        if name in GROUPS:
-            measures.append(partial(action, invariant=name in OF_THE_CIRCLE))
         runs = [("arms", dim, names, found.seed) for dim, names in TRAINED[name].items()]
         runs += [("settings", dim, SETTINGS, CHOSEN_ON) for dim in CHOSEN_FOR.get(name, [])]
+        runs += [("bases", dim, BASES, found.seed) for dim in WITH_BASES.get(name, [])]
         for part, dim, names, seeds in runs:
             if part not in found.part or str(dim) not in found.dim:
                 continue
-            names = [arm for arm in names if arm in found.arm or arm in SETTINGS]
+            names = [arm for arm in names if arm in found.arm or part != "arms"]
             run = partial(
                 measured,
                 (GROUPS | NOT_GROUPS)[name],
                 names,
-                measures,
+                [measure],
                 dim=dim,
                 make_arms=arms,
                 kept=found.output / "encoders" / name,

@@ -7,7 +7,8 @@ of proteins, whose views jitter the points; those of the plane on shapes of infi
 views change the brightness; and those of the hue on patches of photographs, whose views are crops
 and flips. Twelve arms are trained from the same weights, and see equally many images. The weight of
 the equivariance loss is that of the demonstration, and was not chosen for these data. As a second
-part, "published" and "apart" are trained with other weights; `--part arms` leaves it out.
+part, CARE with four and with three forwards is trained with other weights; `--part arms` leaves it
+out.
 """
 
 import statistics
@@ -15,7 +16,20 @@ from collections import defaultdict
 from functools import partial
 
 import torch
-from common import WEIGHT, Row, arms, draw_arms, each_seed, measure, options, trained
+from common import (
+    FOUR,
+    THREE,
+    WEIGHT,
+    WITHOUT,
+    Row,
+    arms,
+    draw_arms,
+    each_seed,
+    measure,
+    options,
+    placebo,
+    trained,
+)
 from groups import GROUPS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,7 +43,7 @@ def run(name: str, part: str, seed: int, steps: int) -> list[dict[str, object]]:
     group = GROUPS[name]()
     runs = [(arm, WEIGHT) for arm in arms(group, WEIGHT)]
     if part == "weights":
-        runs = [(arm, w) for arm in ("published", "apart") for w in WEIGHTS if w != WEIGHT]
+        runs = [(arm, w) for arm in (FOUR, THREE) for w in WEIGHTS if w != WEIGHT]
     encoders = trained(group, runs, seed, steps)
     return [label | measure(encoder, group) for label, encoder in encoders]
 
@@ -43,7 +57,7 @@ def draw_gap_ratios(ax: Axes, rows: list[Row]) -> None:
 
 def draw_weights(ax: Axes, rows: list[Row]) -> None:
     """Draw the gap ratios of all seeds and their means, against the weight."""
-    for arm, colour, style in (("published", "C3", "o"), ("apart", "C0", "D")):
+    for arm, colour, style in ((FOUR, "C3", "o"), (THREE, "C0", "D")):
         found = defaultdict(list)
         for row in rows:
             if row["arm"] == arm:
@@ -56,9 +70,9 @@ def draw_weights(ax: Axes, rows: list[Row]) -> None:
         collapsed = [w for w in weights if max(float(row["mean_norm"]) for row in found[w]) > 0.5]
         means = [statistics.mean(ratios[weights.index(weight)]) for weight in collapsed]
         ax.loglog(
-            collapsed, means, "x", color="C5", ms=12, label="" if arm == "apart" else "collapsed"
+            collapsed, means, "x", color="C5", ms=12, label="" if arm == THREE else "collapsed"
         )
-    for arm, colour in (("placebo of apart", "C1"), ("SimCLR without", "C5")):
+    for arm, colour in ((placebo(THREE), "C1"), (WITHOUT, "C5")):
         ratios_of_arm = [float(row["gap_ratio"]) for row in rows if row["arm"] == arm]
         ax.axhline(statistics.mean(ratios_of_arm), color=colour, ls="--", lw=1.5, label=arm)
     ax.set(xlabel="weight of the equivariance loss", ylabel="gap ratio")

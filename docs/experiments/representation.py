@@ -14,7 +14,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import DIM, Group, Row, each_seed, embed, measure, measured, options
+from common import (
+    DIM,
+    THREE,
+    UNIFORMITY,
+    WITHOUT,
+    Group,
+    Row,
+    each_seed,
+    embed,
+    measure,
+    measured,
+    options,
+    placebo,
+)
 from groups import GROUPS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,7 +37,7 @@ from torch import Tensor, nn
 from care_loss.metrics import frequencies
 from care_loss.rotation import rotation_angles
 
-ARMS = ["SimCLR without", "apart", "placebo of apart", "uniform", "placebo of uniform"]
+ARMS = [WITHOUT, THREE, placebo(THREE), UNIFORMITY, placebo(UNIFORMITY)]
 DIMS = {"clouds": [2, 3, 4, 8, 16, 32, 64], "molecules": [2, 3, 16, 64], "proteins": [2, 3, 16, 64]}
 DIMS |= {"sprites": [2, 16, 64], "hues": [2, 16]}
 ANGLES, SHOWN, RESAMPLES = 36, 5, 20
@@ -97,7 +110,7 @@ def draw(ax: Axes, rows: list[Row], arm: str) -> None:
 
 def draw_all(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 3))
-    shown = ["SimCLR without", "placebo of apart", "apart", "uniform"]
+    shown = [WITHOUT, placebo(THREE), THREE, UNIFORMITY]
     for ax, arm in zip(figure.subplots(1, 4, sharey=True), shown, strict=True):
         draw(ax, rows, arm)
     figure.axes[0].set_ylabel("eigen-angles (degrees)")
