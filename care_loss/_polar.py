@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from care_loss._numerics import function, refuse_nested_forward_mode, use_operator
 
@@ -74,13 +75,35 @@ def _error_of_solver(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor | fl
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin decomposition u, s, vh of matrices `(*, N, D)`."""
     if _by_lapack(x):
-        u, s, vh = torch.linalg.svd(x.cpu(), full_matrices=False)
+        u, s, vh = _svd_by_lapack(x.cpu())
         return u.to(x.device), s.to(x.device), vh.to(x.device)
     # CUDA's default misses singular values of 512 x 512 by 1000 eps, and gesvd by 50. ROCm, which
     # calls itself cuda too, has no choice of drivers.
     is_large = x.is_cuda and min(x.shape[-2:]) > 256
     driver = "gesvd" if is_large and torch.version.cuda else None
     return torch.linalg.svd(x, full_matrices=False, driver=driver)  # type: ignore[no-any-return]
+
+
+def _svd_by_lapack(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose matrices on a CPU, also where LAPACK's gesdd gives up.
+
+    It does so for some matrices with many equal singular values. The transpose, and a reflection,
+    have the same values, and take other steps to them.
+    """
+    if torch.compiler.is_compiling():
+        return torch.linalg.svd(x, full_matrices=False)  # type: ignore[no-any-return]
+    try:
+        return torch.linalg.svd(x, full_matrices=False)  # type: ignore[no-any-return]
+    except LinAlgError:
+        pass
+    try:
+        v, s, uh = torch.linalg.svd(x.mT, full_matrices=False)
+        return uh.mT, s, v.mT
+    except LinAlgError:
+        normal = torch.arange(1, x.shape[-2] + 1, dtype=x.dtype).sqrt()
+        normal = (normal / torch.linalg.vector_norm(normal)).unsqueeze(-1)
+        u, s, vh = torch.linalg.svd(x - 2 * normal @ (normal.mT @ x), full_matrices=False)
+        return u - 2 * normal @ (normal.mT @ u), s, vh
 
 
 def _by_lapack(x: Tensor) -> bool:

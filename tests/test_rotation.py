@@ -20,6 +20,7 @@ from rotations import (
 )
 from strategies import orthogonal, seeds
 
+from care_loss.metrics._measures import linear_fit
 from care_loss.rotation import (
     RotationFit,
     fit_rotation,
@@ -252,3 +253,39 @@ def test_a_fit_is_saved_as_a_dictionary(tmp_path):
     torch.save(fit._asdict(), tmp_path / "fit.pt")
     loaded = RotationFit(**torch.load(tmp_path / "fit.pt"))
     assert all(torch.equal(a, b) for a, b in zip(loaded, fit, strict=True))
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("shape", [(8, 5), (3, 4, 9)])
+def test_a_decomposition_that_lapack_gives_up_is_tried_in_another_way(failures, shape, monkeypatch):
+    """LAPACK's gesdd failed for fits of trained embeddings, whose zeros make many values equal."""
+    source, target = torch.randn(2, *shape, dtype=torch.float64)
+    expected = fit_rotation(source, target, special=True)
+    svd, calls = torch.linalg.svd, []
+
+    def gives_up(x, **options):
+        calls.append(x)
+        if len(calls) % (failures + 1):
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return svd(x, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    found = fit_rotation(source, target, special=True)
+    assert len(calls) > failures
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_linear_map_that_lapack_gives_up_is_fitted_in_another_way(monkeypatch):
+    z, target = torch.randn(2, 8, 5, dtype=torch.float64)
+    expected, pinv, calls = linear_fit(z)(z, target), torch.linalg.pinv, []
+
+    def gives_up(x, **options):
+        calls.append(x)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return pinv(x, **options)
+
+    monkeypatch.setattr(torch.linalg, "pinv", gives_up)
+    torch.testing.assert_close(linear_fit(z)(z, target), expected)
+    assert len(calls) == 2

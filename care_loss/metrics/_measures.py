@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from care_loss import _checks
 from care_loss._autograd.paths import is_long
@@ -410,7 +411,15 @@ def linear_fit(z: Tensor) -> Fit:
     """Return the fit of any linear map by least squares, to rows that came in the dtype of `z`."""
     # Directions that rounding alone has made are not inverted.
     rtol = max(z.shape[-2:]) * torch.finfo(computed_in(z)).eps
-    return lambda source, target: torch.linalg.pinv(source, rtol=rtol) @ target
+
+    def fit(source: Tensor, target: Tensor) -> Tensor:
+        try:
+            mapping: Tensor = torch.linalg.pinv(source, rtol=rtol)
+        except LinAlgError:  # rarely, where many singular values are equal
+            mapping = torch.linalg.pinv(source.mT, rtol=rtol).mT
+        return mapping @ target
+
+    return fit
 
 
 def across_halves(fit: Fit, u: Tensor, *steps: Tensor) -> Tensor:
