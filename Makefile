@@ -10,7 +10,7 @@ PROCESSES ?= 2
 export OMP_WAIT_POLICY ?= passive
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help demo experiment docs docs-serve test test-deep test-hosts test-wheel format lint wheel bench bench-cuda clean
+.PHONY: help demo experiment docs docs-serve test test-deep test-hosts test-wheel format lint wheel release-check bench bench-cuda clean
 .NOTPARALLEL:
 
 help:  ## print the commands
@@ -64,6 +64,19 @@ lint: $(VENV)/.lint  ## check style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m mypy --config-file= --ignore-missing-imports $(LENIENT:%=--disable-error-code %) tests benchmarks
+	$(RUN) -m codespell_lib .
+
+release-check: $(RUN)  ## build sdist and wheel, check both, and run the README's first example against each
+	rm -rf dist build/release && mkdir -p build/release
+	$(RUN) $(INSTALL) build twine cffconvert
+	$(RUN) -m build --outdir dist .
+	$(RUN) -m twine check --strict dist/*
+	$(RUN) -m cffconvert --validate
+	for file in $(CURDIR)/dist/*.tar.gz $(CURDIR)/dist/*.whl; do \
+		rm -rf build/release/venv && $(PYTHON) -m venv build/release/venv \
+		&& build/release/venv/bin/python $(INSTALL) $$file \
+		&& sed -n '/^```python/,/^```$$/p' README.md | sed '/^```$$/q' | grep -v '^```' > build/release/readme.py \
+		&& (cd build/release && venv/bin/python readme.py) || exit 1; done
 
 wheel: $(RUN)  ## build the wheel into dist/
 	rm -rf dist
