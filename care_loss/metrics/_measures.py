@@ -413,6 +413,7 @@ def linear_fit(z: Tensor) -> Fit:
     rtol = max(z.shape[-2:]) * torch.finfo(computed_in(z)).eps
 
     def fit(source: Tensor, target: Tensor) -> Tensor:
+        """Return the linear map `(*, D, D)`."""
         try:
             mapping: Tensor = torch.linalg.pinv(source, rtol=rtol)
         except LinAlgError:  # rarely, where many singular values are equal
