@@ -71,7 +71,7 @@ release-check: $(RUN)  ## build sdist and wheel, check both, and run the README'
 	$(RUN) $(INSTALL) build twine cffconvert
 	$(RUN) -m build --outdir dist .
 	$(RUN) -m twine check --strict dist/*
-	$(RUN) -m cffconvert --validate
+	$(VENV)/bin/cffconvert --validate
 	for file in $(CURDIR)/dist/*.tar.gz $(CURDIR)/dist/*.whl; do \
 		rm -rf build/release/venv && $(PYTHON) -m venv build/release/venv \
 		&& build/release/venv/bin/python $(INSTALL) $$file \
