@@ -16,7 +16,7 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONS
 help:  ## print the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "make %-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.examples  ## turn the hue of photographs: train seven arms and print the table
+demo: $(VENV)/.examples  ## turn the hue of photographs: train CARE and its two controls, and print how they compare
 	$(RUN) docs/examples/photos.py $(ARGS)
 
 experiment: $(VENV)/.experiments  ## run an experiment of docs/experiments: make experiment NAME=theory

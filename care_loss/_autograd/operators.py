@@ -4,7 +4,7 @@ A compiler takes an operator as it is: the arithmetic is that of eager mode, who
 it would not find by itself. Here are what it needs to know: shapes, and first derivatives.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -207,9 +207,8 @@ def _gram_gap(
     derive: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = _chunks.layout(chunks if ids is None else ids, z1.shape[-2])
-    if layout is None:
-        assert ids is not None
-        return gram_gap.compare_by_id(z1, z2, ids, scale, derive=derive)
+    if layout is None:  # only ids may have none
+        return gram_gap.compare_by_id(z1, z2, cast(Tensor, ids), scale, derive=derive)
     check_pairs(layout[1])
     return gram_gap.compare(z1, z2, layout, scale, mean=mean, derive=derive)
 
