@@ -93,7 +93,7 @@ test-wheel: wheel  ## test the wheel in an environment of its own
 		| grep site-packages
 	cd build/wheel && venv/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup $(WHEEL_TESTS:%=tests/test_%.py)
 
-bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere, and where others fail; make bench ARGS=--quick
+bench: $(VENV)/.bench  ## the losses, processes, rotations, actions, measures, the sphere, and where others fail; make bench ARGS=--quick
 	$(RUN) benchmarks/operations.py $(ARGS)
 	$(RUN) benchmarks/precision.py $(ARGS)
 	$(RUN) benchmarks/contrastive.py $(ARGS)
@@ -110,6 +110,7 @@ bench: $(VENV)/.bench  ## the losses, processes, rotations, measures, the sphere
 	$(RUN) benchmarks/monitor.py $(ARGS)
 	$(RUN) benchmarks/procrustes.py $(ARGS)
 	$(RUN) benchmarks/similarity.py $(ARGS)
+	$(RUN) benchmarks/actions.py $(ARGS)
 	$(RUN) benchmarks/failures.py
 	$(RUN) benchmarks/sphere.py $(ARGS)
 

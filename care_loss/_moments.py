@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from care_loss._numerics import exact
-from care_loss._polar import polar
+from care_loss._polar import determinant, polar, polar_by_products
 from care_loss.sphere import normalize
+
+TURNS_FOR_NOISE = 12  # at least, of those that there are
+# Of a polar factor by products; for singular values far apart, a decomposition is faster.
+MAX_STEPS, AT_ONCE = 14, 8
 
 
 class Moments(NamedTuple):
@@ -80,9 +84,18 @@ def principal_directions(
 
 
 def rotations_of(cross: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rotations fitted to x.mT @ y `(*, D, D)`, and the signed singular values `(*, D)`."""
-    rotations, _, values = polar(cross, special=True, full=True)
-    return rotations, values
+    """Return rotations fitted to x.mT @ y `(*, D, D)`, and what reflections would gain `(*)`.
+
+    The gain is in the trace of R.mT @ cross, that orthogonal maps of any determinant maximise.
+    """
+    found = []
+    for some in cross.flatten(0, -3).split(AT_ONCE):
+        factor, converged = polar_by_products(some, MAX_STEPS)
+        if not converged or bool((determinant(factor) < 0).any()):
+            rotations, _, values = polar(cross, special=True, full=True)
+            return rotations, (-2 * values[..., -1]).clamp_min(0)
+        found.append(factor)
+    return torch.cat(found).view_as(cross), cross.new_zeros(cross.shape[:-2])
 
 
 def subspace_of(moments: Moments, directions: Tensor, reject: bool) -> tuple[Tensor, Tensor]:
@@ -90,34 +103,44 @@ def subspace_of(moments: Moments, directions: Tensor, reject: bool) -> tuple[Ten
 
     Where y is a rotation of x, the rows predicted from the other half have all of the second moment
     of y in each direction. A direction in which signal is weaker than noise has less than half.
+    Some of the turns are enough to see that, and spare most of the fits in all directions.
     """
     cross = directions.mT @ moments.cross @ directions
-    halves, values = rotations_of(cross)
-    _refuse_reflections(moments, directions, values)
-    if not reject:
-        return directions, halves
-    predicted = (halves.mT @ cross.flip(0)).diagonal(dim1=-2, dim2=-1).sum((0, 1))
-    kept = predicted > 0.5 * (directions.mT @ moments.target @ directions).diagonal()
-    if kept.all() or not kept.any():
-        return directions, halves
-    return subspace_of(moments, directions[:, kept], False)
+    t = cross.shape[1]
+    some = torch.arange(t) % max(1, t // TURNS_FOR_NOISE) == 0
+    halves, gains = torch.empty_like(cross), cross.new_empty(cross.shape[:-2])
+    halves[:, some], gains[:, some] = rotations_of(cross[:, some])
+    if reject:
+        _refuse_reflections(moments, directions, halves[:, some], cross[:, some], gains[:, some])
+        predicted = (halves[:, some] * cross[:, some].flip(0)).sum((0, 1, 2)) / some.sum()
+        expected = (directions.mT @ moments.target @ directions).diagonal() / t
+        kept = predicted > 0.5 * expected
+        if kept.any() and not kept.all():
+            return subspace_of(moments, directions[:, kept], False)
+    if not some.all():
+        halves[:, ~some], gains[:, ~some] = rotations_of(cross[:, ~some])
+    _refuse_reflections(moments, directions, halves, cross, gains)
+    return directions, halves
 
 
-def _refuse_reflections(moments: Moments, directions: Tensor, values: Tensor) -> None:
+def _refuse_reflections(
+    moments: Moments, directions: Tensor, halves: Tensor, cross: Tensor, gains: Tensor
+) -> None:
     """Refuse turns that orthogonal maps of determinant -1 fit far better than rotations.
 
-    With singular values s of x.mT @ y, the least half squared error is that of the moments minus
-    the sum of s, where over SO(D) the last has the sign of the determinant.
+    Half the squared error of R is that of the moments minus the trace of R.mT @ cross.
     """
-    t = values.shape[1]
-    second = directions.mT @ (t * moments.source + moments.target) @ directions
-    size = float(second.trace()) / 2
-    proper, best = size - float(values.sum()), size - float(values.abs().sum())
+    t = gains.shape[1]
+    in_turns = moments.target / moments.cross.shape[1]
+    second = directions.mT @ (moments.source + in_turns) @ directions
+    size = t * float(second.trace()) / 2
+    proper = size - float((halves * cross).sum())
+    best = proper - float(gains.sum())
     if proper > 1e-6 * size and best < 0.2 * proper:
-        turns = int((values[..., -1] < 0).any(0).sum())
+        turns = int((gains > 0).any(0).sum())
         raise ValueError(
             "`z_turned` must be rotations of `z`, got reflections: for "
-            f"{turns} of {t} turns, a map of determinant -1 fits, and no rotation does. "
+            f"{turns} of the {t} turns tried, a map of determinant -1 fits, and no rotation does. "
             "A sign that changes (an eigenvalue -1) belongs to no action of these groups: look for "
             "a flip among the augmentations, or pass more turns."
         )

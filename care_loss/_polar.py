@@ -5,6 +5,7 @@ differences of singular values; the derivative here divides by sums of them only
 singular value of 0 is decided once, in the forward, for the factor and for its derivatives.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -119,6 +120,26 @@ def _by_lapack(x: Tensor) -> bool:
 def polished(factor: Tensor) -> Tensor:
     """Take one step of Newton and Schulz, which removes most of the rounding errors."""
     return 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
+
+
+def polar_by_products(x: Tensor, steps: int) -> tuple[Tensor, bool]:
+    """Return the polar factors of matrices `(*, D, D)`, and whether the steps were enough.
+
+    The iteration of Newton and Schulz brings singular values in (0, 1] to 1, each by a factor of up
+    to 1.5 in a step. It does not mind equal ones, for which LAPACK's svd has failed, and two
+    products of a batch take less time than its decompositions.
+    """
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    noise = 4 * len(identity) ** 0.5 * torch.finfo(x.dtype).eps
+    # A norm of the Gram matrix, for orthogonal columns the largest singular value squared.
+    scale = torch.linalg.matrix_norm(x.mT @ x, math.inf, keepdim=True).sqrt()
+    x = x / scale
+    for _ in range(steps):
+        error = x.mT @ x - identity
+        x = x - 0.5 * x @ error
+        if error.abs().max() <= noise:
+            return x, True
+    return x, False
 
 
 def _toward_identity(p: Tensor, q: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:

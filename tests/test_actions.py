@@ -380,10 +380,10 @@ def turns(t=6, n=16, d=4):
 def test_a_sign_that_no_rotation_explains_is_an_error():
     z, turned, angles = turns()
     sign = torch.tensor([-1.0, 1, 1, 1], dtype=z.dtype)
-    with pytest.raises(ValueError, match="got reflections: for 6 of 6 turns"):
+    with pytest.raises(ValueError, match="got reflections: for 6 of the 6 turns tried"):
         fit_circle(z, turned * sign, angles)
     turned[1::2] *= sign  # a direction that changes its sign with each step
-    with pytest.raises(ValueError, match="got reflections: for 3 of 6 turns"):
+    with pytest.raises(ValueError, match="got reflections: for 3 of the 6 turns tried"):
         fit_circle(z, turned, angles)
 
 

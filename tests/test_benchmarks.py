@@ -57,6 +57,16 @@ def test_similarities_are_timed_beside_their_rivals(tmp_path, here):
     assert committed[0].keys() == rows[0].keys()
 
 
+def test_actions_are_timed_beside_bare_products(tmp_path, here):
+    path = tmp_path / "actions.csv"
+    here("actions.py", "--quick", "--rounds", "2", "--csv", str(path))
+    rows = read(path)
+    names = ["products and decompositions", "care_loss", "two products", "pose", "invariants"]
+    assert [row["contender"] for row in rows] == names
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert read(BENCHMARKS / "results" / "actions-cpu.csv")[0].keys() == rows[0].keys()
+
+
 def test_rotations_are_timed_beside_their_rivals(tmp_path, device, here):
     path = tmp_path / "procrustes.csv"
     printed = here("procrustes.py", "--quick", "--device", str(device), "--csv", str(path))

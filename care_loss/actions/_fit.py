@@ -26,10 +26,11 @@ from care_loss._moments import (
     subspace_of,
 )
 from care_loss._numerics import computed_in
+from care_loss._polar import polar_by_products
 from care_loss.actions._action import Action
 
 MAX_CONDITION = 1e3  # of the system that determines matrix coefficients
-MAX_ITERATIONS = 200
+MAX_ITERATIONS, MAX_STEPS = 200, 20  # of the ascent, and of each polar factor in it
 Fitted = TypeVar("Fitted", bound=Action)
 
 
@@ -139,8 +140,7 @@ def _started(rotations: Tensor, turns: Turns[Fitted], counts: Sequence[int]) -> 
     coefficients = torch.linalg.pinv(features) @ rotations.flatten(1)
     columns = turns.start(coefficients.unflatten(-1, rotations.shape[1:]), counts)
     start = torch.cat(columns, -1)
-    norm = torch.linalg.matrix_norm
-    factor, converged = _orthonormal(start / (norm(start, 1) * norm(start, math.inf)).sqrt(), 60)
+    factor, converged = polar_by_products(start, 60)
     if not converged:  # columns of several parts coincide: there is no action to be found
         factor = torch.linalg.qr(start).Q
     return factor
@@ -192,32 +192,16 @@ def _ascended(
     gradient = _gradient(basis, means, counts)
     noise = 32 * len(basis) ** 0.5 * torch.finfo(basis.dtype).eps
     for _ in range(MAX_ITERATIONS):
-        following, converged = _orthonormal(gradient)
+        following, converged = polar_by_products(gradient, MAX_STEPS)
         slope = _gradient(following, means, counts)
         if not converged or (following * slope).sum() < (basis * gradient).sum():
-            following, _ = _orthonormal((gradient + 2 * basis) / 3)
+            following, _ = polar_by_products(gradient + 2 * basis, MAX_STEPS)
             slope = _gradient(following, means, counts)
         change = (following - basis).abs().max()
         basis, gradient = following, slope
         if change <= noise:
             break
     return basis
-
-
-def _orthonormal(x: Tensor, steps: int = 20) -> tuple[Tensor, bool]:
-    """Return the polar factor of a matrix of norm 1 at most, and whether the steps were enough.
-
-    The iteration of Newton and Schulz brings singular values in (0, 1] to 1, each by a factor of
-    up to 1.5 in a step. It does not mind equal ones, for which LAPACK's svd has failed.
-    """
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    noise = 4 * len(identity) ** 0.5 * torch.finfo(x.dtype).eps
-    for _ in range(steps):
-        error = x.mT @ x - identity
-        x = x - 0.5 * x @ error
-        if error.abs().max() <= noise:
-            return x, True
-    return x, False
 
 
 def _warn(action: Action, turns: Turns[Fitted]) -> None:
