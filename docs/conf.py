@@ -15,7 +15,7 @@ project = "care_loss"
 author = "the authors of care_loss"
 release = version = care_loss.__version__
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
@@ -27,7 +27,14 @@ exclude_patterns = ["examples"]
 # Pages are Markdown that GitHub shows as well.
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-source_suffix = {".md": "markdown"}
+source_suffix = {".md": "myst-nb"}
+
+# The tutorial is executed by each build, so that its outputs are those of this version.
+nb_execution_mode = "force"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+nb_output_stderr = "remove"  # warnings have the paths of the machine
 
 # The reference comes from the docstrings, in which single backticks mean code.
 default_role = "code"
