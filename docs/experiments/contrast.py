@@ -10,7 +10,8 @@ same with a general linear map, the form of EbC (Schmidt et al., NeurIPS 2025); 
 Crops and stretches of clouds are there for what happens if an augmentation cannot act as a
 rotation: crops have no inverse, and powers of a stretch have no bound. The second part, "settings",
 trains the rotation contrast with several numbers of chunks and temperatures, on a seed that the
-arms do not use; the third, "bases", with other losses in place of InfoNCE. Trained encoders are
+arms do not use; the third, "bases", with other losses in place of InfoNCE; the fourth, "fits", with
+polar factors by products of matrices alone, as a GPU would like them. Trained encoders are
 kept in the output folder, so that --again measures them anew, without training; uses.py measures
 what they can be used for.
 """
@@ -59,16 +60,22 @@ FEWER = [WITHOUT, THREE, *ROTATION]
 TRAINED = {  # what is trained, by the dimension of the embedding
     "clouds": {16: ARMS, 64: FEWER, 128: FEWER},
     "molecules": {16: ARMS, 64: FEWER},
-    "proteins": {16: MAIN},
-    "sprites": {16: [*MAIN, LINEAR[0]]},
-    "hues": {16: FEWER},
+    "proteins": {16: MAIN, 64: FEWER},
+    "sprites": {16: [*MAIN, LINEAR[0]], 64: FEWER},
+    "hues": {16: FEWER, 64: FEWER},
     **{name: {16: MAIN} for name in NOT_GROUPS},
 }
 SETTINGS = [f"{chunks} chunks, {TEMPERATURE}" for chunks in (2, 4, 8, 16)]
 SETTINGS += [f"{CHUNKS} chunks, {temperature}" for temperature in (0.1, 1.0)]
 BASES = ["Barlow Twins", "VICReg", "MoCo"]
 BARLOW_TWINS, QUEUE, MOMENTUM = 5e-3, 2048, 0.99
-FILES = {"arms": "contrast-", "settings": "contrast-settings-", "bases": "contrast-bases-"}
+FITS = {  # steps of Newton and Schulz, and the precision of the products
+    "products, 6 steps": (6, torch.float32),
+    "products, 12 steps": (12, torch.float32),
+    "products, 24 steps": (24, torch.float32),
+    "products in bfloat16, 12 steps": (12, torch.bfloat16),
+}
+PARTS = ["arms", "settings", "bases", "fits"]
 WITH_BASES = {"clouds": [16, 64]}
 CHOSEN_ON, CHOSEN_FOR = [11], {"clouds": [16, 64], "molecules": [16, 64], "sprites": [16]}
 
@@ -90,6 +97,24 @@ def linear_contrast(z: Tensor, z_turned: Tensor, chunks: int) -> Tensor:
     return nn.functional.cross_entropy(
         -distances / TEMPERATURE_OF_DISTANCES, torch.arange(len(distances))
     )
+
+
+def fitted_by_products(
+    z: Tensor, z_turned: Tensor, chunks: int, steps: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the rotation contrast over O(D), with polar factors by products of matrices.
+
+    A step brings singular values s in (0, 1] nearer to 1: they become (3 s - s³) / 2.
+    """
+    u, v = (normalize(x).unflatten(0, (chunks, -1)) for x in (z, z_turned))
+    predicted = torch.empty_like(u)
+    for fitted, moved in (HALVES, HALVES[::-1]):
+        cross = u[:, fitted].mT @ v[:, fitted]
+        factor = (cross / torch.linalg.matrix_norm(cross, keepdim=True)).to(dtype)
+        for _ in range(steps):
+            factor = 1.5 * factor - 0.5 * factor @ (factor.mT @ factor)
+        predicted[:, moved] = u[:, moved] @ factor.to(u.dtype)
+    return info_nce_loss(predicted.flatten(0, 1), v.flatten(0, 1), temperature=TEMPERATURE)
 
 
 def barlow_twins(prediction: Tensor, z_turned: Tensor) -> Tensor:
@@ -156,6 +181,9 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
     for name, base in (("Barlow Twins", barlow_twins), ("VICReg", vicreg)):
         found[name] = contrast(group.turn, RotationContrastLoss(base_loss=base))
     found["MoCo"] = Arm(2, MoCo(group))
+    for name, (steps, dtype) in FITS.items():
+        by_products = partial(fitted_by_products, steps=steps, dtype=dtype)
+        found[name] = contrast(group.turn, by_products)
     return found
 
 
@@ -177,7 +205,7 @@ def main() -> None:
         __doc__,
         steps=300,
         seeds=[1, 2, 3, 4, 5],
-        part=list(FILES),
+        part=PARTS,
         group=list(TRAINED),
         dim=["16", "64", "128"],
         arm=ARMS,
@@ -186,7 +214,8 @@ def main() -> None:
     for name in found.group:
         runs = [("arms", dim, names, found.seed) for dim, names in TRAINED[name].items()]
         runs += [("settings", dim, SETTINGS, CHOSEN_ON) for dim in CHOSEN_FOR.get(name, [])]
-        runs += [("bases", dim, BASES, found.seed) for dim in WITH_BASES.get(name, [])]
+        for part, names in (("bases", BASES), ("fits", list(FITS))):
+            runs += [(part, dim, names, found.seed) for dim in WITH_BASES.get(name, [])]
         for part, dim, names, seeds in runs:
             if part not in found.part or str(dim) not in found.dim:
                 continue
@@ -200,8 +229,9 @@ def main() -> None:
                 make_arms=arms,
                 kept=found.output / "encoders" / name,
             )
+            file = f"contrast-{name}" if part == "arms" else f"contrast-{part}-{name}"
             some = argparse.Namespace(**vars(found) | {"arm": names, "seed": seeds})
-            results = each_seed(FILES[part] + name, some, run, dim=dim)
+            results = each_seed(file, some, run, dim=dim)
             if part == "arms" and dim == DIM:
                 shown[name] = [row for rows in results for row in rows]
     if shown:
