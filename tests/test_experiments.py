@@ -1,6 +1,7 @@
 """The experiments: each runs for a few steps, and committed results are those of their commands."""
 
 import csv
+import gzip
 import os
 import shlex
 import subprocess
@@ -28,6 +29,10 @@ RUNS = {  # each experiment and each group, with the files of results that it wr
         "contrast-crops",
         "contrast-sprites",
     ),
+    "benefit --part published cost --arm 'SimCLR with the augmentation'": (
+        "benefit-published",
+        "benefit-cost",
+    ),
 }
 # Of a run that is long, the part that make test takes; make test-deep takes all of it.
 LONG = {"ordinary_views --group proteins"}
@@ -35,11 +40,25 @@ PARTS = {"ordinary_views --group proteins --part arms": ("arms-proteins",)}
 COMMANDS = [pytest.param(run, marks=[pytest.mark.deep] * (run in LONG)) for run in RUNS]
 
 
-def run(name, *options):
+def run(name, *options, folder=None):
     command = [sys.executable, "-W", "error", str(FOLDER / f"{name}.py"), *options]
     # One thread for each process: the workers of the tests share the cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+
+
+def write_fashion(folder):
+    """Write a few random pictures in the format of Fashion-MNIST."""
+    folder.mkdir(parents=True)
+    for part, count in (("train", 900), ("t10k", 300)):
+        for kind, sizes, most in (
+            ("images-idx3", [count, 28, 28], 256),
+            ("labels-idx1", [count], 10),
+        ):
+            values = torch.randint(most, sizes, dtype=torch.uint8)
+            header = bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes)
+            with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
+                file.write(header + values.numpy().tobytes())
 
 
 def read(path):
@@ -55,14 +74,18 @@ def write(path, rows):
 
 
 def test_every_experiment_is_run():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "groups", "patches"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")}
+    scripts -= {"common", "fashion", "groups", "patches", "questions"}
     assert scripts == {command.split()[0] for command in RUNS}
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *PARTS])
 def test_an_experiment_runs_for_a_step(command, tmp_path):
     name, *more = shlex.split(command)
-    result = run(name, *more, "--steps", "1", "--seed", "0", "--output", str(tmp_path))
+    if name == "benefit":
+        write_fashion(tmp_path / "build/fashion-mnist")
+    options = ("--steps", "1", "--seed", "0", "--output", str(tmp_path))
+    result = run(name, *more, *options, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     for results in (RUNS | PARTS)[command]:
         found = read(tmp_path / f"{results}.csv")
@@ -126,3 +149,11 @@ def test_the_parts_of_the_theory_that_need_no_steps_are_the_committed_ones(first
     for row, committed in zip(found, expected, strict=True):
         for column in ("bound", "truth"):
             assert float(row[column]) == pytest.approx(float(committed[column]), rel=1e-2)
+
+
+def test_fashion_mnist_that_is_not_there_is_asked_for(tmp_path):
+    if Path("/usr/share/datasets/fashion-mnist").exists():
+        pytest.skip("Fashion-MNIST is installed")
+    result = run("benefit", "--part", "published", "--seed", "0", folder=tmp_path)
+    assert result.returncode != 0
+    assert "apt-get install dataset-fashion-mnist" in result.stderr

@@ -67,6 +67,7 @@ class Arm(NamedTuple):
 
     forwards: int
     loss: Callable[[nn.Module, Tensor], Tensor]
+    share: float = 1.0  # of the images that the others see
 
 
 def arms(group: Group, weight: float) -> dict[str, Arm]:
@@ -139,8 +140,8 @@ def arms(group: Group, weight: float) -> dict[str, Arm]:
 
 
 def train(arm: Arm, group: Group, encoder: nn.Module, steps: int, rate: float = RATE) -> None:
-    """Train in place. All arms see as many images as `steps` steps of three forwards."""
-    steps = max(1, 3 * steps // arm.forwards)
+    """Train in place. Arms see their share of the images of `steps` steps of three forwards."""
+    steps = max(1, int(3 * steps * arm.share) // arm.forwards)
     optimizer = torch.optim.AdamW(encoder.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
     for _ in range(steps):
