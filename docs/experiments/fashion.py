@@ -24,7 +24,7 @@ def read_idx(path: Path) -> Tensor:
     with gzip.open(path) as file:
         content = bytearray(file.read())
     start = 4 + 4 * content[3]
-    sizes = [int.from_bytes(content[i : i + 4]) for i in range(4, start, 4)]
+    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(sizes)
 
 
