@@ -17,23 +17,23 @@ from measuring import RATIO, Row, parser, ratio_columns, report, start, take_tur
 from care_loss.actions import CircleAction, fit_circle
 from care_loss.rotation import random_orthogonal
 
-PARTS = [5, 4, 3, 2, 1]  # multiplicities of the frequencies 0, 1, … in units of D / 25
+TURNING = [4, 3, 2, 1]  # multiplicities of the frequencies 1, 2, … in units of D / 25
 NOISE = 0.05
 
 
-def example(turns: int, n: int, d: int, noise: float) -> tuple[CircleAction, list[torch.Tensor]]:
+def example(turns: int, n: int, d: int) -> tuple[CircleAction, list[torch.Tensor]]:
     """Return an action, and embeddings that it turns, their turned ones and the angles."""
-    counts = [m * d // 25 for m in PARTS[1:]]
+    counts = [m * d // 25 for m in TURNING]
     action = CircleAction(random_orthogonal(d), [d - 2 * sum(counts), *counts])
     angles = 2 * torch.pi / turns * torch.arange(turns)
     z = torch.randn(n, d)
     turned = action.apply(z, angles.unsqueeze(-1))
-    return action, [z, turned + noise * torch.randn_like(turned), angles]
+    return action, [z, turned + NOISE * torch.randn_like(turned), angles]
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     turns, n, d, pairs = (12, 100, 8, 100) if options.quick else (72, 2000, 128, 10_000)
-    action, found = example(turns, n, d, NOISE)
+    action, found = example(turns, n, d)
     z, z_turned, _ = found
 
     def bare() -> None:

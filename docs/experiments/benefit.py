@@ -4,16 +4,17 @@
 
 All arms of a part see the same number of images, but for SimCLR with as many steps as CARE. The
 features of an encoder answer each question about unseen images by a linear probe or by the 20
-nearest images. Those that the tables show were chosen on a seed of their own. The parts are:
+nearest images. The parts are:
 
 * published: the paper's setting on Fashion-MNIST, which has no colour to jitter. All views have all
   augmentations; CARE has four forwards, and a weight of 0.3 or 10. Its rivals are SimCLR with as
   many steps, which cost half, and SimCLR with twice the steps.
 * rotations, hues: what shall rotate the embedding stays out of the ordinary views, on Fashion-MNIST
-  and on patches of ten photographs, whose class is the photograph.
-* wrong: rotations of Fashion-MNIST where an assumption does not hold. Images are upright in
-  training; or crops shall act as rotations; or the images have hues that no question asks for,
-  which rotate the embedding as well, or are one more nuisance.
+  and on patches of ten photographs, whose class is the photograph. Seed 11 is there to choose
+  features, and is left out of the figure.
+* upright, crops, hue turned, hue ignored: rotations of Fashion-MNIST where an assumption does not
+  hold. Images are upright in training; or crops shall act as rotations; or the images have hues
+  that no question asks for, which rotate the embedding as well, or are one more nuisance.
 * cost: images per second, and the memory of what autograd keeps for the backward pass.
 """
 
@@ -66,7 +67,7 @@ WRONG = {
     "hue turned": (fashion.hue_turned, SHORT),
     "hue ignored": (fashion.hue_ignored, [THREE, ROTATION[0]]),
 }
-CHOSEN_ON, CHOOSING = 11, ("rotations", "hues")  # on this seed, tables choose arms and features
+CHOSEN_ON, CHOOSING = 11, ("rotations", "hues")  # the seed to choose features on, and of what
 SHOWN = {  # in the figure
     "published": ("as it is, probe", "backbone"),
     "rotations": ("class and state", "embedding"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from common import Group
-from groups import draw, group, in_plane, move, own_turns_in_plane, turn_in_plane
+from groups import brightness, draw, group, in_plane, move, own_turns_in_plane, turn_in_plane
 from patches import both, own_both, own_hues
 from photos import network as convolutions
 from torch import Tensor, nn
@@ -57,12 +57,6 @@ def narrow(dim: int) -> nn.Module:
 def network(dim: int) -> nn.Module:
     """Return what draws the images, a backbone and a head."""
     return nn.Sequential(Draw(), *narrow(dim))
-
-
-def brightness(images: Tensor) -> Tensor:
-    """Multiply each image by a brightness of its own."""
-    upright, pose = images.split([images.shape[1] - 1, 1], 1)
-    return torch.cat(((0.6 + 0.8 * torch.rand(len(images), 1, 1, 1)) * upright, pose), 1)
 
 
 def jiggle(images: Tensor) -> Tensor:

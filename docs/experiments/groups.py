@@ -194,9 +194,9 @@ def draw(images: Tensor, size: int) -> Tensor:
 
 
 def brightness(images: Tensor) -> Tensor:
-    """Multiply each shape by a brightness of its own."""
-    factor = 0.6 + 0.8 * torch.rand(len(images), 1, 1)
-    return torch.stack((images[:, 0] * factor, images[:, 1]), 1)
+    """Multiply each image by a brightness of its own."""
+    factor = 0.6 + 0.8 * torch.rand(len(images), 1, 1, 1)
+    return torch.cat((factor * images[:, :-1], images[:, -1:]), 1)
 
 
 class ConvNet(nn.Sequential):
