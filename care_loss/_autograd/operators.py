@@ -4,11 +4,11 @@ A compiler takes an operator as it is: the arithmetic is that of eager mode, who
 it would not find by itself. Here are what it needs to know: shapes, and first derivatives.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from care_loss import _chunks
 from care_loss._autograd import gram_gap, info_nce, queue
@@ -51,28 +51,46 @@ def _number_or(temperature: Tensor | None, number: float) -> Input:
     return number if temperature is None else temperature
 
 
-def _save(ctx: Any, inputs: Any, *results: Tensor) -> None:
-    z1, z2, temperature = inputs[:3]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z1, z2, temperature, *results)
+def _define(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Make an operator of a function on tensors, of what says its shapes, and of its derivative.
 
-
-@custom_op("care_loss::once_differentiable", mutates_args=())
-def _once_differentiable(gradient: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """Return the gradient of a loss.
-
-    As the views are arguments, the backward of compiled code depends on them. Otherwise its
-    derivative, which is an error then, would be taken for 0.
+    `torch.library.custom_op` checks every call: a small loss would take a tenth more time.
     """
+    qualified = f"care_loss::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(kernel, mutates_args=()))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", kernel)
+    torch.library.register_fake(qualified, fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=save)
+    return getattr(torch.ops.care_loss, name).default
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+
+
+def _copy(gradient: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     return gradient.clone()
 
 
-@_once_differentiable.register_fake
-def _(gradient: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+def _like_gradient(gradient: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(gradient)
 
 
+# As the views are arguments, the backward of compiled code depends on them. Otherwise its
+# derivative, which is an error then, would be taken for 0.
+_once_differentiable = _define("once_differentiable", _copy, _like_gradient)
+
+
 def _checked(gradient: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    """Return the gradient of a loss, whose own derivative shall be an error."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "second derivatives of the losses must be taken outside of torch.compile, got "
@@ -81,22 +99,16 @@ def _checked(gradient: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     return _once_differentiable(gradient, z1, z2)  # type: ignore[no-any-return]
 
 
-@custom_op("care_loss::info_nce_dense", mutates_args=())
-def _dense(
+def _compute_dense(
     z1: Tensor, z2: Tensor, temperature: Tensor | None, number: float, derive: bool
 ) -> Three:
     return info_nce.dense(z1, z2, _number_or(temperature, number), derive)
 
 
-@_dense.register_fake
-def _(z1: Tensor, z2: Tensor, temperature: Tensor | None, number: float, derive: bool) -> Three:
+def _like_dense(z1: Tensor, z2: Tensor, temperature: Any, number: float, derive: bool) -> Three:
     x = z1.new_empty(*z1.shape[:-2], 2 * z1.shape[-2], z1.shape[-1], dtype=computed_in(z1))
     nothing = x.new_empty(0), x.new_empty(0)
     return x.new_empty(()), *((x, x.new_empty(*x.shape[:-1], 1)) if derive else nothing)
-
-
-def _save_dense(ctx: Any, inputs: Any, output: Any) -> None:
-    _save(ctx, inputs, *output[1:])
 
 
 def _dense_backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
@@ -106,18 +118,16 @@ def _dense_backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
     return *info_nce.gradients_of_inputs(ctx, inputs, *rows), None, None
 
 
-_dense.register_autograd(_dense_backward, setup_context=_save_dense)
+_dense = _define("info_nce_dense", _compute_dense, _like_dense, _save, _dense_backward)
 
 
-@custom_op("care_loss::info_nce_tiled", mutates_args=())
-def _tiled(
+def _compute_tiled(
     z1: Tensor, z2: Tensor, temperature: Tensor | None, number: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return info_nce.tiled(z1, z2, _number_or(temperature, number))
 
 
-@_tiled.register_fake
-def _(z1: Tensor, z2: Tensor, temperature: Tensor | None, number: float) -> Any:
+def _like_tiled(z1: Tensor, *_: Any) -> Any:
     *leading, n, d = z1.shape
     u = z1.new_empty(*leading, 2 * n, d, dtype=computed_in(z1))
     losses = u.new_empty(*leading, 2, n)
@@ -125,8 +135,22 @@ def _(z1: Tensor, z2: Tensor, temperature: Tensor | None, number: float) -> Any:
     return losses, u, u.new_empty(*leading, 2 * n, 1), total, torch.empty_like(total)
 
 
-@custom_op("care_loss::info_nce_tiled_backward", mutates_args=())
-def _gradient_of_tiled(
+def _save_tiled(ctx: Any, inputs: Any, output: Any) -> None:
+    _save(ctx, inputs, output)
+    ctx.number = inputs[3]
+
+
+def _tiled_backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+    *inputs, u, length, total, mass = ctx.saved_tensors
+    gradient = _checked(gradient, *inputs[:2])
+    rows = _gradient_of_tiled(u, length, total, mass, inputs[2], ctx.number, gradient)
+    return *info_nce.gradients_of_inputs(ctx, inputs, *rows), None
+
+
+_tiled = _define("info_nce_tiled", _compute_tiled, _like_tiled, _save_tiled, _tiled_backward)
+
+
+def _compute_gradient_of_tiled(
     u: Tensor,
     length: Tensor,
     total: Tensor,
@@ -139,28 +163,14 @@ def _gradient_of_tiled(
     return info_nce.gradient_of_tiled(u, length, total, mass, temperature_or_number, gradient)
 
 
-@_gradient_of_tiled.register_fake
-def _(u: Tensor, length: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _like_rows(u: Tensor, length: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(u), torch.empty_like(length)
 
 
-def _save_tiled(ctx: Any, inputs: Any, output: Any) -> None:
-    _save(ctx, inputs, *output[1:])
-    ctx.number = inputs[3]
+_gradient_of_tiled = _define("info_nce_tiled_backward", _compute_gradient_of_tiled, _like_rows)
 
 
-def _tiled_backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
-    *inputs, u, length, total, mass = ctx.saved_tensors
-    gradient = _checked(gradient, *inputs[:2])
-    rows = _gradient_of_tiled(u, length, total, mass, inputs[2], ctx.number, gradient)
-    return *info_nce.gradients_of_inputs(ctx, inputs, *rows), None
-
-
-_tiled.register_autograd(_tiled_backward, setup_context=_save_tiled)
-
-
-@custom_op("care_loss::info_nce_of_queue", mutates_args=())
-def _of_queue(
+def _compute_of_queue(
     z1: Tensor,
     z2: Tensor,
     temperature: Tensor | None,
@@ -171,16 +181,9 @@ def _of_queue(
     return queue.of_queue(z1, z2, _number_or(temperature, number), negatives, derive)
 
 
-@_of_queue.register_fake
-def _(
-    z1: Tensor,
-    z2: Tensor,
-    temperature: Tensor | None,
-    number: float,
-    negatives: Tensor,
-    derive: bool,
-) -> Three:
+def _like_of_queue(z1: Tensor, *settings: Any) -> Three:
     losses = z1.new_empty(z1.shape[:-1], dtype=computed_in(z1))
+    derive = settings[-1]
     if not derive:
         return losses, losses.new_empty(0), losses.new_empty(0)
     rows = losses.new_empty(*z1.shape[:-2], 2 * z1.shape[-2], z1.shape[-1])
@@ -193,11 +196,12 @@ def _of_queue_backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
     return *queue.gradients_of_rows(ctx, inputs, by_row, along, gradient), None, None, None
 
 
-_of_queue.register_autograd(_of_queue_backward, setup_context=_save_dense)
+_of_queue = _define(
+    "info_nce_of_queue", _compute_of_queue, _like_of_queue, _save, _of_queue_backward
+)
 
 
-@custom_op("care_loss::gram_gap", mutates_args=())
-def _gram_gap(
+def _compute_gram_gap(
     z1: Tensor,
     z2: Tensor,
     ids: Tensor | None,
@@ -213,16 +217,8 @@ def _gram_gap(
     return gram_gap.compare(z1, z2, layout, scale, mean=mean, derive=derive)
 
 
-@_gram_gap.register_fake
-def _(
-    z1: Tensor,
-    z2: Tensor,
-    ids: Tensor | None,
-    chunks: int,
-    scale: str,
-    mean: bool,
-    derive: bool,
-) -> tuple[Tensor, Tensor]:
+def _like_gram_gap(z1: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *_, chunks, _, mean, derive = settings
     *leading, n, _ = z1.shape
     shape = () if mean else (*leading, torch.sym_min(chunks, n // 2))
     loss = z1.new_empty(shape, dtype=computed_in(z1))
@@ -239,4 +235,6 @@ def _gram_gap_backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
     return *gram_gap.gradients_of_views(by_row, _checked(gradient, z1, z2), z1), *5 * [None]
 
 
-_gram_gap.register_autograd(_gram_gap_backward, setup_context=_save_gram_gap)
+_gram_gap = _define(
+    "gram_gap", _compute_gram_gap, _like_gram_gap, _save_gram_gap, _gram_gap_backward
+)
