@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 DIM = 32
 COLOURED = 0.03  # distance of the mean colour from grey, below which a patch shows no hue
-QUARTER, HALF, ALL = 25, 50, 100  # per cent of the steps
+QUARTER, ALL = 25, 100  # per cent of the steps
 SAME_STEPS = "SimCLR, as many steps"
 AS_PUBLISHED = [(SAME_STEPS, WEIGHT), (WITH, WEIGHT)]
 AS_PUBLISHED += [(arm, weight) for weight in (0.3, 10.0) for arm in (FOUR, placebo(FOUR))]
@@ -146,7 +146,7 @@ PARTS = {
     "hues": Part(of_photographs, with_weight(COMPARED), of_all),
 }
 PARTS |= {
-    name: Part(partial(of_fashion, make), with_weight(names), of_classes, (HALF,))
+    name: Part(partial(of_fashion, make), with_weight(names), of_classes, (QUARTER,))
     for name, (make, names) in WRONG.items()
 }
 

@@ -9,7 +9,7 @@ from common import Group, Row, embed
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor, nn
 
-from care_loss.actions import fit_circle
+from care_loss.actions import CircleAction, fit_circle
 from care_loss.sphere import normalize
 
 NEAREST, FEW, FEW_DRAWS = 20, 10, 3
@@ -63,12 +63,21 @@ def nearest(features: list[Tensor], classes: list[Tensor]) -> float:
     return (guess == classes[2]).double().mean().item()
 
 
-def state_error(features: list[Tensor], states: list[Tensor]) -> float:
-    """Return the median error in degrees, of least squares for the cosine and the sine."""
-    target = torch.stack((states[0].cos(), states[0].sin()), -1)
-    model = LinearRegression().fit(features[0].numpy(), target.numpy())
-    x, y = torch.as_tensor(model.predict(features[2].numpy())).unbind(-1)
-    error = torch.atan2(y, x) - states[2]
+def fit_states(features: Tensor, states: Tensor) -> Feature:
+    """Return what reads a state from features, by least squares for its cosine and sine."""
+    target = torch.stack((states.cos(), states.sin()), -1)
+    model = LinearRegression().fit(features.numpy(), target.numpy())
+
+    def read(features: Tensor) -> Tensor:
+        x, y = torch.as_tensor(model.predict(features.numpy())).unbind(-1)
+        return torch.atan2(y, x)
+
+    return read
+
+
+def error_of(found: Tensor, angles: Tensor) -> float:
+    """Return the median error of angles in degrees; NaN if one of them is not defined."""
+    error = found - angles
     return torch.atan2(error.sin(), error.cos()).abs().median().rad2deg().item()
 
 
@@ -104,13 +113,16 @@ def ask_for_classes(encoder: nn.Module, setting: Setting) -> list[Row]:
     return rows
 
 
-def features_of(encoder: nn.Module, setting: Setting) -> dict[str, Feature]:
-    """Return plain features and those of the action, fitted to images that fit the probes too."""
+def fit_action(encoder: nn.Module, setting: Setting) -> CircleAction:
+    """Fit an action to some of the images that fit the probes."""
     some = setting.group.own_turns(setting.images[0][:FITTED])
     angles = 2 * torch.pi / ANGLES * torch.arange(ANGLES, dtype=torch.float64)
     turned = torch.stack([embed(encoder, setting.act(some, angle)) for angle in angles])
-    action = fit_circle(embed(encoder, some), turned, angles)
-    return plain_features(encoder) | {
+    return fit_circle(embed(encoder, some), turned, angles)
+
+
+def features_of(encoder: nn.Module, action: CircleAction) -> dict[str, Feature]:
+    return {
         "invariants": lambda images: action.invariants(embed(encoder, images)),
         "canonical": lambda images: action.canonical(embed(encoder, images)),
     }
@@ -119,29 +131,44 @@ def features_of(encoder: nn.Module, setting: Setting) -> dict[str, Feature]:
 def ask(encoder: nn.Module, setting: Setting, *, of_states: bool) -> list[Row]:
     """Ask each feature for the class of images as they are, and in random states.
 
-    With `of_states`, it is asked for the state as well, by least squares and as one of six sectors,
-    for class and sector at once, and for the class with few labels.
+    The action is asked for the turn from one showing of an image to another, as a pose: nobody has
+    told it any state. With `of_states`, features are asked for the class with few labels as well,
+    and plain features, which are not meant to lose the state, for the state, by least squares and
+    as one of six sectors, for class and sector at once, and for the turn, as the difference of the
+    states that least squares find.
     """
     classes = list(setting.classes)
     shown = [setting.group.own_turns(images) for images in setting.images]
-    again = setting.group.own_turns(setting.images[2][:SOUGHT])
+    once, again = shown[2][:SOUGHT], setting.group.own_turns(setting.images[2][:SOUGHT])
+    turns = setting.state(again) - setting.state(once)
+    turning = turns.isfinite()
     angles = [setting.state(images) for images in shown]
     have = [angle.isfinite() for angle in angles]  # a state
     states = [angle[some] for angle, some in zip(angles, have, strict=True)]
     sectors = [(state * SECTORS / (2 * torch.pi)).floor().long() % SECTORS for state in states]
     both = [SECTORS * c[h] + s for c, h, s in zip(classes, have, sectors, strict=True)]
     rows, seed = [], int(torch.randint(2**31, ()))
-    for name, feature in features_of(encoder, setting).items():
+    action = fit_action(encoder, setting)
+    plain = plain_features(encoder)
+    for name, feature in (plain | features_of(encoder, action)).items():
         torch.manual_seed(seed)  # all features are asked with the same few labels
         turned = [feature(images) for images in shown]
         answers = classified("as it is, ", [feature(images) for images in setting.images], classes)
         answers |= classified("any state, ", turned, classes)
-        answers["found again"] = found_again(turned[2][:SOUGHT], feature(again))
+        one, other = turned[2][:SOUGHT], feature(again)
+        answers["found again"] = found_again(one, other)
         if of_states:
             answers["few labels"] = few_labels(turned, classes)
+        if of_states and name in plain:
             turned = [x[some] for x, some in zip(turned, have, strict=True)]
             answers["state"] = probe(turned, sectors)
-            answers["state error"] = state_error(turned, states)
             answers["class and state"] = probe(turned, both)
+            read = fit_states(turned[0], states[0])
+            answers["state error"] = error_of(read(turned[2]), states[2])
+            found = read(other) - read(one)
+            answers["turn error"] = error_of(found[turning], turns[turning])
+        if name == "embedding":
+            found = action.pose(one, other).element
+            answers["turn error, action"] = error_of(found[turning], turns[turning])
         rows.append(as_row(name, answers))
     return rows
