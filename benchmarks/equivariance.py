@@ -48,6 +48,9 @@ def measure(n: int, d: int, chunks: int, rounds: int, **tensor: Any) -> list[Row
             lambda z1, z2: plain_equivariance(z1, z2, chunks), fullgraph=True
         ),
         "care_loss": lambda z1, z2: equivariance_loss(z1, z2, chunks=chunks),
+        "torch.compile of care_loss": torch.compile(
+            lambda z1, z2: equivariance_loss(z1, z2, chunks=chunks), fullgraph=True
+        ),
     }
     if n % chunks == 0:
         losses["care_loss, a leading dimension"] = lambda z1, z2: equivariance_loss(
