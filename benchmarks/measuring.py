@@ -181,13 +181,13 @@ def answer(*command: str) -> str:
 
 
 def report(options: argparse.Namespace, rows: Iterable[Row], line: str) -> None:
-    """Print each row as it comes, and write all of them, with where they come from."""
+    """Print and write each row as it comes, with where it comes from."""
     origin = {"dtype": options.dtype} | provenance(options.device)
     found = []
     for row in rows:
         found.append(row | origin)
         print(line.format(**row), flush=True)
-    write_csv(options.csv, found)
+        write_csv(options.csv, found)
 
 
 def write_csv(path: Path | None, rows: list[Row]) -> None:

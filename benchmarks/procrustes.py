@@ -199,7 +199,7 @@ def main() -> None:
                 "{MB:>9}  {excess} {orthogonality}".format(**row)
             )
             sys.stdout.flush()
-    write_csv(options.csv, rows)
+        write_csv(options.csv, rows)  # an interrupted run keeps the sizes that it has done
 
 
 if __name__ == "__main__":
