@@ -14,6 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from care_loss._autograd import paths
+from care_loss._autograd.info_nce import MAX_SCORE
+from care_loss.metrics import _report
+
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
 EXAMPLES = DOCS / "examples" / "results"
@@ -57,6 +61,81 @@ def listed(rows: list[Row], columns: dict[str, str]) -> Table:
 def same(*names: str) -> dict[str, str]:
     """Return columns whose headers are their names."""
     return {name: name for name in names}
+
+
+# The rules of the code, with its constants. A line of the table ends with ";;".
+
+VERDICTS = """
+no change | no draw changed an image;;
+collapsed | the mean norm is at least {collapsed} (nearly all embeddings point in one direction), or
+all embeddings are 0;;
+invariant | the displacement (the invariance error) is under {invariant:.0f} % of that of shuffled
+rows; the shares are not given;;
+nearly invariant | the displacement is under {nearly:.0f} % of that of shuffled rows: whether one
+rotation explains so little says little;;
+too few images | N < 2 D; or N < 4 D, and the gap ratio satisfies one of the next two conditions,
+but the share does not;;
+equivariant | gap ratio at most {gap}, and rotation share above chance at least {share};;
+partly equivariant | gap ratio at most {partly_gap}, and rotation share above chance at least
+{partly_share};;
+not equivariant | otherwise"""
+PATHS = """
+InfoNCE | up to {few:,} rows of both views together ({many:,} on other devices than a CPU),
+`reduction="mean"` | One matrix of all products is kept, and the gradient is found in the forward.;;
+InfoNCE | more rows, or `reduction="none"` | Tiles on and above the diagonal, of {one} products
+({several} for several threads, {device} on other devices), computed again in the backward. Memory
+is proportional to N.;;
+InfoNCE | a temperature below 1/{score}, or a tensor | As above, with a shift by the log-sum-exp,
+which takes more time.;;
+InfoNCE with a queue | always | Tiles of the queue, in one pass, which finds the gradient too. If
+the queue requires a gradient: PyTorch operations with autograd.;;
+equivariance | chunks of up to {longest} D rows, or float64 | Gram matrices of all chunks in one
+batch, in float32; in float64 on a GPU, if PyTorch may round float32 products, and if rows
+[nearly coincide](numerics.md#dtypes).;;
+equivariance | longer chunks | Products of the D columns, in float64.;;
+equivariance | chunks of two sizes | The same, once for each size.;;
+equivariance with ids | ids on the CPU | The rows are sorted by id, then the same, once for each
+size.;;
+equivariance with ids | ids on a GPU | Tiles on and above the diagonal of the matrix of all pairs of
+rows, in float64.;;
+both | `torch.compile` | The same as above, as operators of `torch.library`.;;
+both | tracing, exporting, `torch.func`, forward mode, second derivatives | The formula in PyTorch
+operations, with matrices of all products. A backward with `create_graph=True` changes to it by
+itself, and so does that of tiles with `is_grads_batched=True`."""
+
+
+def filled(header: str, template: str, **numbers: object) -> Table:
+    lines = " ".join(template.format(**numbers).split()).split(";;")
+    return [line.strip().split(" | ") for line in (header, *lines)]
+
+
+def verdicts() -> Table:
+    (gap, share), (partly_gap, partly_share) = _report.EQUIVARIANT, _report.PARTLY
+    return filled(
+        "verdict | condition",
+        VERDICTS,
+        collapsed=_report.MIN_COLLAPSED_NORM,
+        invariant=100 * _report.MAX_INVARIANT_DISPLACEMENT,
+        nearly=100 * _report.MAX_NEARLY_INVARIANT_DISPLACEMENT,
+        gap=gap,
+        share=share,
+        partly_gap=partly_gap,
+        partly_share=partly_share,
+    )
+
+
+def chosen_paths() -> Table:
+    names = {"one": paths.TILE_ON_CPU, "several": paths.TILE_OF_THREADS, "device": paths.TILE}
+    tiles = {name: " x ".join(f"{size:,}" for size in tile) for name, tile in names.items()}
+    return filled(
+        "loss | where | how it is computed",
+        PATHS,
+        few=paths.MAX_DENSE_ROWS_ON_CPU,
+        many=paths.MAX_DENSE_ROWS,
+        score=MAX_SCORE,
+        longest=paths.MIN_ROWS_PER_DIMENSION,
+        **tiles,
+    )
 
 
 # Speed
@@ -586,6 +665,8 @@ FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
 TABLES: dict[str, Callable[[], Table]] = {
+    "verdict": verdicts,
+    "paths": chosen_paths,
     "info-nce-times": partial(
         times, "contrastive-cpu", "N", "D", without=("pytorch-metric-learning",)
     ),

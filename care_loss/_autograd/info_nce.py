@@ -40,6 +40,8 @@ from care_loss._autograd.paths import (
 from care_loss._autograd.unit_rows import gradient_of_rows, unit_rows
 from care_loss._numerics import computed_in, exact, without_autocast
 
+MAX_SCORE = 64  # exponentials of scores, and their sums, need no shift up to there: exp(64) = 6e27
+
 
 def info_nce(z1: Tensor, z2: Tensor, temperature: Input, *, mean: bool, plain: Plain) -> Tensor:
     """Return the mean loss `()`, or the loss of each anchor `(*, 2, N)`.
@@ -230,8 +232,8 @@ def _batches(u: Tensor) -> Tensor:
 
 
 def is_bounded(temperature: Input) -> bool:
-    """Whether exponentials of scores and their sums need no shift: exp(64) = 6e27."""
-    return not isinstance(temperature, Tensor) and temperature >= 1 / 64
+    """Whether exponentials of scores and their sums need no shift."""
+    return not isinstance(temperature, Tensor) and temperature >= 1 / MAX_SCORE
 
 
 def _without_scale(gradient: Tensor) -> tuple[Tensor, Tensor]:

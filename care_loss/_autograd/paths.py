@@ -17,6 +17,15 @@ Plain = Callable[..., Tensor]
 # From there on products of the columns, though in float64, take less time.
 MIN_ROWS_PER_DIMENSION = 4
 
+# Rows of both views of which InfoNCE keeps all products. In float32 these have 4 MiB, which fit a
+# cache, or 256 MiB.
+MAX_DENSE_ROWS_ON_CPU, MAX_DENSE_ROWS = 1024, 8192
+
+# Rows and columns that InfoNCE takes at a time otherwise. On a CPU a tile and its weights fit a
+# second-level cache. Several threads wait for each other after each operation, for long where other
+# processes use the cores; on a GPU each operation costs a launch: large tiles make up for both.
+TILE_ON_CPU, TILE_OF_THREADS, TILE = (256, 1024), (1024, 4096), (4096, 8192)
+
 
 def use_autograd_function(*inputs: Input) -> bool:
     """Whether an `autograd.Function` can serve this call; otherwise the plain composition must."""
@@ -41,18 +50,14 @@ def is_batch_of_gradients(gradient: Tensor) -> bool:
 
 def is_dense(rows: int, device: torch.device) -> bool:
     """Whether InfoNCE keeps the matrix of all products of its rows."""
-    # In float32 it has 4 MiB, which fit a cache, or 256 MiB.
-    return rows <= (1024 if device.type == "cpu" else 8192)
+    return rows <= (MAX_DENSE_ROWS_ON_CPU if device.type == "cpu" else MAX_DENSE_ROWS)
 
 
 def tile(device: torch.device) -> tuple[int, int]:
     """Return how many rows and columns InfoNCE takes at a time where it keeps no matrix."""
-    # On a CPU a tile and its weights fit a second-level cache. Several threads wait for each other
-    # after each operation, for long where other processes use the cores; on a GPU each operation
-    # costs a launch: large tiles make up for both.
     if device.type != "cpu":
-        return 4096, 8192
-    return (256, 1024) if torch.get_num_threads() == 1 else (1024, 4096)
+        return TILE
+    return TILE_ON_CPU if torch.get_num_threads() == 1 else TILE_OF_THREADS
 
 
 def cut(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -70,20 +70,11 @@ def equivariance_report(
     same transformation, as in training. All fits are held out. The errors are standard errors over
     the draws; they do not include how the figures vary with the images or with training.
 
-    The verdict of a row is the first of these that applies:
-
-    * `"no change"`: no draw changed an image, which shows nothing of the encoder.
-    * `"collapsed"`: the mean norm is at least 0.99, or all embeddings are 0.
-    * `"invariant"`: the displacement is under 5 % of that of shuffled rows. The shares are NaN.
-    * `"nearly invariant"`: it is under 20 %. Whether one rotation explains so little says little.
-    * `"too few images"`: there are fewer than 2 D images, so that each half has fewer rows than
-      dimensions, and a fit to it does not determine the rotation.
-    * `"equivariant"`: the gap ratio is at most 0.1, and the share above chance at least 0.9.
-    * `"partly equivariant"`: the gap ratio is at most 0.5, and the share above chance at least 0.5.
-    * `"not equivariant"`.
-
-    With fewer than 4 D images, fits to a half are less exact than the rotation that they look for:
-    if only the share is below its threshold, the verdict is `"too few images"` there too.
+    The verdict of a row is `"no change"` (no draw changed an image), `"collapsed"`, `"invariant"`,
+    `"nearly invariant"`, `"too few images"` (fewer than 2 D, so that a fit to a half of them does
+    not determine the rotation, or fewer than 4 D, where it is less exact than what it looks for),
+    `"equivariant"`, `"partly equivariant"` or `"not equivariant"`. The reason beside it has the
+    figures and their thresholds, all of which are in docs/measures.md.
 
     A transformation whose draws are all equal (a flip of every image) counts as fixed: it has one
     draw and no unshared control, and its verdict depends on the share alone.
