@@ -647,6 +647,111 @@ def benefit_published() -> Table:
     return table
 
 
+def answers(part: str, arm: str, feature: str, question: str, budget: str = "100") -> list[float]:
+    """Return an answer in per cent or in degrees, for seed 11, which chooses, and then the others.
+
+    The names of feature and question are those of the file.
+    """
+    found = {
+        row["seed"]: float(row[question] or "nan") * (1 if "error" in question else 100)
+        for row in experiment(f"benefit-{part}", arm=arm, feature=feature, budget=budget)
+    }
+    return [found.pop("11", math.nan), *found.values()]
+
+
+def best_of(
+    part: str, question: str, features: tuple[str, ...], arms: tuple[str, ...], seeds: slice
+) -> tuple[str, str]:
+    """Return the arm and the feature with the best mean answer on some seeds."""
+    found = {
+        (arm, feature): statistics.mean(answers(part, arm, feature, question)[seeds])
+        for arm in arms
+        for feature in features
+    }
+    defined = {key: value for key, value in found.items() if not math.isnan(value)}
+    return (min if "error" in question else max)(defined, key=lambda key: defined[key])
+
+
+def benefit(part: str) -> Table:
+    """The best arm and feature without CARE, and those with CARE that seed 11 chooses."""
+    table = [["task", "without CARE", "with CARE", "difference", "minus placebo"]]
+    for task, (question, features) in QUESTIONS.items():
+        rival = best_of(part, question, features, (WITH, WITHOUT), slice(1, None))
+        ours = best_of(part, question, features, CONTRASTED, slice(1))
+        shown = [rival, ours, (f"placebo of {ours[0]}", ours[1])]
+        others, values, control = (answers(part, *key, question)[1:] for key in shown)
+        line = [task]
+        for (arm, feature), some in ((rival, others), (ours, values)):
+            label = "pose by the action" if "action" in question else feature
+            line.append(f"{mean_and_interval(some, 1)}<br>{arm}, {label}")
+        for base in (others, control):
+            differences = [a - b for a, b in zip(values, base, strict=True)]
+            line.append(mean_and_interval(differences, 1))
+        table.append(line)
+    return table
+
+
+def report_and_answers(
+    part: str, arm: str, questions: dict[tuple[str, str], list[str]], budget: str
+) -> list[str]:
+    """Return the gap ratio of an arm, and answers after each of some budgets."""
+    rows = experiment(f"benefit-{part}", arm=arm, feature="embedding", budget=budget)
+    gaps = [float(row["gap_ratio"]) for row in rows if row["seed"] != "11"]
+    cells = [mean_and_interval(gaps, 2)]
+    for key, budgets in questions.items():
+        found = (answers(part, arm, *key, some)[1:] for some in budgets)
+        cells += [mean_and_interval(values, 1) for values in found]
+    return cells
+
+
+def benefit_arms(part: str) -> Table:
+    """What the report says of each arm, and two answers after a quarter of the images, and all."""
+    rows = experiment(f"benefit-{part}")
+    budgets = [budget for budget in ("25", "100") if any(row["budget"] == budget for row in rows)]
+    names = {"25": ", a quarter of the images", "100": ""}
+    asked = (CLASS, TURN)
+    headers = [f"{ASKED[key]}{names[budget]}" for key in asked for budget in budgets]
+    questions = dict.fromkeys(asked, budgets)
+    return [
+        ["arm", "gap ratio", *headers],
+        *(
+            [arm, *report_and_answers(part, arm, questions, budgets[-1])]
+            for arm in dict.fromkeys(row["arm"] for row in rows)
+        ),
+    ]
+
+
+def benefit_wrong() -> Table:
+    """Where an assumption does not hold, beside rotations with as many images."""
+    table = [["part", "arm", "gap ratio", *ASKED.values()]]
+    for part in ("rotations", *WRONG):
+        # Crops do not turn an image.
+        questions = {key: ["25"] for key in ASKED if key != TURN or part != "crops"}
+        for arm in dict.fromkeys(row["arm"] for row in experiment(f"benefit-{part}")):
+            if arm in (WITH, WITHOUT, *CONTRASTED):
+                cells = report_and_answers(part, arm, questions, "25")
+                table.append([part, arm, *cells, *[""] * (len(ASKED) - len(questions))])
+    return table
+
+
+CLASS, FOUND_AGAIN = ("backbone", "any state, probe"), ("canonical", "found again")
+TURN = ("embedding", "turn error, action")
+ASKED = {CLASS: "class in any state", FOUND_AGAIN: "found again", TURN: "turn by the action"}
+PLAIN = ("backbone", "embedding")
+ALL_FEATURES = (*PLAIN, "invariants", "canonical")
+QUESTIONS = {
+    "class, images as they are": ("as it is, probe", ALL_FEATURES),
+    "class, any state": ("any state, probe", ALL_FEATURES),
+    "class, any state, by neighbours": ("any state, kNN", ALL_FEATURES),
+    "class, any state, ten labels each": ("few labels", ALL_FEATURES),
+    "the same image in another state": ("found again", ALL_FEATURES),
+    "class and state": ("class and state", PLAIN),
+    "state, error in degrees": ("state error", PLAIN),
+    "turn, error in degrees, labelled states": ("turn error", PLAIN),
+    "turn, error in degrees, no labels": ("turn error, action", ("embedding",)),
+}
+CONTRASTED = (THREE, "rotation contrast")
+WRONG = ("upright", "crops", "hue turned", "hue ignored")
 # The difference that five seeds find in 80 of 100 cases at a level of 5 %, in units of the standard
 # deviation of paired differences: the quantiles of Student's distribution, 2.776 + 0.941, over √5.
 DETECTABLE = 1.66
@@ -770,6 +875,11 @@ TABLES: dict[str, Callable[[], Table]] = {
     "contrast-bases": partial(contrast_variants, "bases", "base loss"),
     "contrast-fits": partial(contrast_variants, "fits", "polar factor"),
     "benefit-published": benefit_published,
+    "benefit-rotations": partial(benefit, "rotations"),
+    "benefit-rotations-arms": partial(benefit_arms, "rotations"),
+    "benefit-hues": partial(benefit, "hues"),
+    "benefit-hues-arms": partial(benefit_arms, "hues"),
+    "benefit-wrong": benefit_wrong,
     "benefit-cost": lambda: listed(
         experiment("benefit-cost"), same("part", "arm", "forwards", "images/s", "MB kept")
     ),

@@ -33,9 +33,22 @@ RUNS = {  # each experiment and each group, with the files of results that it wr
         "benefit-published",
         "benefit-cost",
     ),
+    "benefit --part rotations upright --arm 'rotation contrast'": (
+        "benefit-rotations",
+        "benefit-upright",
+    ),
+    "benefit --part hues crops 'hue turned' 'hue ignored' --arm 'rotation contrast'": (
+        "benefit-hues",
+        "benefit-crops",
+        "benefit-hue turned",
+        "benefit-hue ignored",
+    ),
 }
 # Of a run that is long, the part that make test takes; make test-deep takes all of it.
-LONG = {"ordinary_views --group proteins"}
+LONG = {
+    "ordinary_views --group proteins",
+    "benefit --part hues crops 'hue turned' 'hue ignored' --arm 'rotation contrast'",
+}
 PARTS = {"ordinary_views --group proteins --part arms": ("arms-proteins",)}
 COMMANDS = [pytest.param(run, marks=[pytest.mark.deep] * (run in LONG)) for run in RUNS]
 
@@ -149,25 +162,6 @@ def test_the_parts_of_the_theory_that_need_no_steps_are_the_committed_ones(first
     for row, committed in zip(found, expected, strict=True):
         for column in ("bound", "truth"):
             assert float(row[column]) == pytest.approx(float(committed[column]), rel=1e-2)
-
-
-# Their results are not committed yet: of these runs, only the columns are looked at.
-WITHOUT_RESULTS = ["rotations", "upright"]
-DEEP = [
-    pytest.param(p, marks=pytest.mark.deep) for p in ("hues", "crops", "hue turned", "hue ignored")
-]
-
-
-@pytest.mark.parametrize("part", [*WITHOUT_RESULTS, *DEEP])
-def test_a_part_without_results_runs_for_a_step(part, tmp_path):
-    write_fashion(tmp_path / "build/fashion-mnist")
-    options = ("--steps", "1", "--seed", "0", "--output", str(tmp_path))
-    result = run("benefit", "--part", part, "--arm", "rotation contrast", *options, folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-    rows = read(tmp_path / f"benefit-{part}.csv")
-    assert {row["arm"] for row in rows} == {"untrained", "rotation contrast"}
-    assert {row["feature"] for row in rows} == {"backbone", "embedding", "invariants", "canonical"}
-    assert all(0 <= float(row["any state, probe"]) <= 1 for row in rows)
 
 
 def test_fashion_mnist_that_is_not_there_is_asked_for(tmp_path):

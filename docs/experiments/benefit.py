@@ -68,10 +68,10 @@ WRONG = {
     "hue ignored": (fashion.hue_ignored, [THREE, ROTATION[0]]),
 }
 CHOSEN_ON, CHOOSING = 11, ("rotations", "hues")  # the seed to choose features on, and of what
-SHOWN = {  # in the figure
-    "published": ("as it is, probe", "backbone"),
-    "rotations": ("class and state", "embedding"),
-    "hues": ("class and state", "embedding"),
+SHOWN = {  # in the figure, with a line for the mean of a rival
+    "published": ("as it is, probe", "backbone", WITH),
+    "rotations": ("turn error, action", "embedding", WITHOUT),
+    "hues": ("turn error, action", "embedding", WITHOUT),
 }
 
 
@@ -197,17 +197,22 @@ def costs(names: list[str], seed: int, steps: int) -> list[dict[str, object]]:
 
 
 def draw_answers(ax: Axes, name: str, rows: list[Row]) -> None:
-    """Draw how often the question of a part is answered right, and a line for SimCLR."""
-    question, feature = SHOWN[name]
+    """Draw the answers to a question of a part, and a line for SimCLR."""
+    question, feature, rival = SHOWN[name]
     shown = [
         row | {"arm": f"{row['arm']}, {row['weight']}" if FOUR in row["arm"] else row["arm"]}
         for row in rows
         if row["feature"] == feature and row["budget"] == str(ALL) and row["seed"] != str(CHOSEN_ON)
     ]
-    rival = [float(row[question]) for row in shown if row["arm"] == WITH] or [0.0]
-    draw_arms(ax, shown, question, chance=statistics.mean(rival))
-    ax.invert_yaxis()
-    ax.set(title=name, xlabel=f"accuracy: {question}, {feature}")
+    found = [float(row[question]) for row in shown if row["arm"] == rival] or [0.0]
+    draw_arms(ax, shown, question, chance=statistics.mean(found))
+    ax.set_ylim(len(ax.get_yticks()) - 0.5, -0.5)
+    if "error" in question:
+        ax.set(xlim=(0.9, 110), xscale="log", xlabel="error of the turn, degrees")
+        ax.xaxis.set_major_formatter("{x:g}")
+    else:
+        ax.set_xlabel(f"accuracy, {feature}")
+    ax.set_title(name)
 
 
 def main() -> None:
@@ -241,6 +246,8 @@ def main() -> None:
         figure = Figure(figsize=(11, 3.2))
         for number, (name, rows) in enumerate(shown.items(), 1):
             draw_answers(figure.add_subplot(1, len(shown), number), name, rows)
+        if {"rotations", "hues"} <= shown.keys():
+            figure.axes[-1].set_yticklabels([])  # the arms of the panel on its left
         path = found.output / "benefit.png"
         figure.savefig(path)
         print("Wrote", path)
