@@ -745,6 +745,7 @@ QUESTIONS = {
     "class, any state, by neighbours": ("any state, kNN", ALL_FEATURES),
     "class, any state, ten labels each": ("few labels", ALL_FEATURES),
     "the same image in another state": ("found again", ALL_FEATURES),
+    "state, one of six": ("state", PLAIN),
     "class and state": ("class and state", PLAIN),
     "state, error in degrees": ("state error", PLAIN),
     "turn, error in degrees, labelled states": ("turn error", PLAIN),
