@@ -10,7 +10,7 @@ PROCESSES ?= 2
 export OMP_WAIT_POLICY ?= passive
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: help demo experiment docs docs-serve test coverage test-deep test-hosts test-wheel format lint wheel release-check bench bench-cuda clean
+.PHONY: help demo experiment docs docs-serve test coverage mutants test-deep test-hosts test-wheel format lint wheel release-check bench bench-cuda clean
 .NOTPARALLEL:
 
 help:  ## print the commands
@@ -35,6 +35,9 @@ test: $(VENV)/.test  ## run the tests; make test ARGS="-k theorem" runs a part o
 
 coverage: $(VENV)/.test  ## run the tests and print which lines they reach; takes up to 40 % more time than make test
 	$(RUN) -m pytest --numprocesses $(PROCESSES) --dist loadgroup --cov=care_loss --cov-report=term:skip-covered $(ARGS)
+
+mutants: $(VENV)/.mutants  ## break a module in 40 random ways, and print what no test notices: make mutants MODULE=sphere
+	$(RUN) tests/mutants.py $(MODULE) $(ARGS)
 
 # Files that draw examples; of all others, what is marked `deep` and left out by make test.
 DRAWN = actions cross_fitted metrics similarity theorems
