@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -692,14 +692,14 @@ def benefit(part: str) -> Table:
 
 
 def report_and_answers(
-    part: str, arm: str, questions: dict[tuple[str, str], list[str]], budget: str
+    part: str, arm: str, questions: Iterable[tuple[str, str]], budgets: list[str]
 ) -> list[str]:
-    """Return the gap ratio of an arm, and answers after each of some budgets."""
-    rows = experiment(f"benefit-{part}", arm=arm, feature="embedding", budget=budget)
+    """Return the gap ratio of an arm after the last budget, and answers after each of them."""
+    rows = experiment(f"benefit-{part}", arm=arm, feature="embedding", budget=budgets[-1])
     gaps = [float(row["gap_ratio"]) for row in rows if row["seed"] != "11"]
     cells = [mean_and_interval(gaps, 2)]
-    for key, budgets in questions.items():
-        found = (answers(part, arm, *key, some)[1:] for some in budgets)
+    for key in questions:
+        found = (answers(part, arm, *key, budget)[1:] for budget in budgets)
         cells += [mean_and_interval(values, 1) for values in found]
     return cells
 
@@ -709,13 +709,12 @@ def benefit_arms(part: str) -> Table:
     rows = experiment(f"benefit-{part}")
     budgets = [budget for budget in ("25", "100") if any(row["budget"] == budget for row in rows)]
     names = {"25": ", a quarter of the images", "100": ""}
-    asked = (CLASS, TURN)
-    headers = [f"{ASKED[key]}{names[budget]}" for key in asked for budget in budgets]
-    questions = dict.fromkeys(asked, budgets)
+    questions = CLASS, TURN
+    headers = [f"{ASKED[key]}{names[budget]}" for key in questions for budget in budgets]
     return [
         ["arm", "gap ratio", *headers],
         *(
-            [arm, *report_and_answers(part, arm, questions, budgets[-1])]
+            [arm, *report_and_answers(part, arm, questions, budgets)]
             for arm in dict.fromkeys(row["arm"] for row in rows)
         ),
     ]
@@ -726,10 +725,10 @@ def benefit_wrong() -> Table:
     table = [["part", "arm", "gap ratio", *ASKED.values()]]
     for part in ("rotations", *WRONG):
         # Crops do not turn an image.
-        questions = {key: ["25"] for key in ASKED if key != TURN or part != "crops"}
+        questions = [key for key in ASKED if key != TURN or part != "crops"]
         for arm in dict.fromkeys(row["arm"] for row in experiment(f"benefit-{part}")):
             if arm in (WITH, WITHOUT, *CONTRASTED):
-                cells = report_and_answers(part, arm, questions, "25")
+                cells = report_and_answers(part, arm, questions, ["25"])
                 table.append([part, arm, *cells, *[""] * (len(ASKED) - len(questions))])
     return table
 
