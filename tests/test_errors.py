@@ -38,6 +38,7 @@ PAIRS = {
     "widths that differ": (Z, Z[:, :3], "same shape, got torch.float32 of shape (8, 4) on cpu and"),
     "one dimension": (Z[0], Z[0], "N, D) with N >= 2 and D >= 1, got (4,)"),
     "no columns": (Z[:, :0], Z[:, :0], "D >= 1"),
+    "no columns in a batch": (Z[None, :, :0], Z[None, :, :0], "D >= 1"),
     "integers": (Z.long(), Z.long(), "floating point dtype, got torch.int64 of shape (8, 4)"),
     "booleans": (Z > 0, Z > 0, "floating point dtype, got torch.bool"),
     "complex numbers": (Z + 0j, Z + 0j, "floating point dtype, got torch.complex64"),
@@ -240,7 +241,8 @@ def test_unknown_words(word):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -0.1, math.nan, math.inf, "0.5", None, True, np.float32(0), np.ones(1)]
+    "value",
+    [0, -0.1, math.nan, math.inf, float("inf"), "0.5", None, True, np.float32(0), np.ones(1)],
 )
 def test_bad_numbers(value):
     for name, call in (
@@ -274,6 +276,8 @@ def test_bad_temperature_tensors():
         assert_refused(lambda t=t: info_nce_loss(Z, Z, temperature=t, negatives=Z), sentence)
         compiled = torch.compile(info_nce_loss, backend="eager", fullgraph=True)
         assert compiled(Z, Z, temperature=t).isnan()  # where it is not read
+    losses = torch.func.vmap(lambda t: info_nce_loss(Z, Z, temperature=t))
+    assert losses(torch.tensor([0.5, -0.5, 0.0, 1.5])).isnan().tolist() == [0, 1, 1, 0]
     sentence = "`temperature` must be on the device of the embeddings"
     assert_refused(lambda: info_nce_loss(Z, Z, temperature=elsewhere), sentence)
 
@@ -375,6 +379,22 @@ def test_bad_samples():
             sentence = "must map an image to a tensor, got "
             assert_refused(lambda c=broken: c([(Z[0], 0), (Z[1], 0)]), sentence)
         assert_refused(lambda t=transform: assert_shared(t, Z[0], batched=False), sentence)
+
+
+def test_transforms_that_return_a_batch_of_one():
+    def batch_of_one(image):
+        return torch.rand(()) * image[None]
+
+    photo, video = torch.rand(3, 4, 4), torch.rand(1, 2, 4, 4)
+    sentence = (
+        "`transform` must map an image (3, 4, 4) to a view of as many dimensions, got "
+        "(1, 3, 4, 4): it returned a batch of one"
+    )
+    assert_refused(lambda: assert_shared(batch_of_one, photo, batched=False), sentence)
+    # What is a batch of one for a picture is a view of a video of one channel; and several crops
+    # of a picture are a view, too.
+    assert_shared(lambda x: torch.rand(()) * x, video, batched=False)
+    assert_shared(lambda x: torch.rand(()) * torch.stack([x, x]), photo, batched=False)
 
 
 def test_transforms_that_return_no_batch():

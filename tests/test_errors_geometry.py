@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_errors import assert_refused
 
+from care_loss import _checks
 from care_loss.rotation import (
     fit_rotation,
     nearest_orthogonal,
@@ -100,6 +101,8 @@ def test_bad_matrices():
         ),
     ):
         assert_refused(call, sentence)
+    wide = torch.eye(300)  # ints above 256 are equal without being the same
+    _checks.check_square(rotation1=wide, rotation2=wide[None])
 
 
 def test_a_fit_is_not_a_matrix():
@@ -143,6 +146,7 @@ VECTORS = {
     "dtypes that differ": ((U, U.double()), "the same dtype, got torch.float32"),
     "devices that differ": ((U, U.to("meta")), "the same device, got torch.float32"),
     "batches that differ": ((U, U[:7]), "leading dimensions that broadcast, got (8,) and (7,)"),
+    "a shorter batch first": ((U[:7], U), "leading dimensions that broadcast, got (7,) and (8,)"),
     "vectors of any length": ((3 * U, U), "`x` must contain unit vectors along the last dimension"),
 }
 
@@ -151,6 +155,11 @@ VECTORS = {
 @pytest.mark.parametrize("function", SPHERE_PAIRS.values(), ids=SPHERE_PAIRS)
 def test_bad_points_and_tangent_vectors(function, pair, sentence):
     assert_refused(lambda: function(*pair), sentence)
+
+
+def test_points_of_many_dimensions_have_the_same_number_of_them():
+    x, y = normalize(torch.randn(2, 300))  # ints above 256 are equal without being the same
+    assert geodesic_distance(x, y[None]).shape == (1,)
 
 
 def test_points_on_the_right_must_be_unit_vectors_too():
@@ -164,6 +173,8 @@ def test_points_on_the_right_must_be_unit_vectors_too():
     assert expmap(U, 3 * rows).isfinite().all()  # tangent vectors have any length
     rows[5], rows[6] = 0, torch.nan
     assert geodesic_distance(U, rows)[:6].isfinite().all()
+    rows[4] = 0.5 * U[4]  # below and above 1, beside a row of zeros and NaN
+    assert_refused(lambda: geodesic_distance(U, rows), "got one of length 0.5")
     rows[4] = 2
     assert_refused(lambda: geodesic_distance(U, rows), "got one of length 4")
     assert geodesic_distance(U.bfloat16(), U.bfloat16()).isfinite().all()  # 1 to within rounding
@@ -189,6 +200,8 @@ def test_bad_positions():
     assert_refused(lambda: slerp(U, U, torch.ones(7)), "broadcast, got (8,) and (7,)")
     sentence = "`t` must be on the device of the points, cpu, got meta"
     assert_refused(lambda: slerp(U, U, torch.ones(8, device="meta")), sentence)
+    assert_refused(lambda: slerp(U, U, torch.tensor(0.5, device="meta")), sentence)
+    assert torch.equal(slerp(U, U, torch.tensor(0.5)), slerp(U, U, 0.5))
 
 
 def test_bad_points_to_average():

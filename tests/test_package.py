@@ -1,6 +1,8 @@
 """The package as a whole: what imports what, what it needs, what the documents say."""
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -70,6 +72,18 @@ def test_imports_point_down():
         for other in {m.removeprefix("care_loss.") for m in inside}:
             level = LAYER.get(other, LAYER.get(f"{other}.__init__"))
             assert level < LAYER[name], f"{name} imports {other}"
+
+
+def test_hyperparameters_of_functions_are_keyword_only():
+    names = ["actions", "distributed", "functional", "metrics", "rotation", "sphere", "views"]
+    for module in (importlib.import_module(f"care_loss.{name}") for name in names):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("_") or not function.__module__.startswith(module.__name__):
+                continue
+            for parameter in inspect.signature(function).parameters.values():
+                optional = parameter.default is not parameter.empty
+                expected = parameter.KEYWORD_ONLY if optional else parameter.POSITIONAL_OR_KEYWORD
+                assert parameter.kind in (expected, parameter.KEYWORD_ONLY), (name, parameter.name)
 
 
 def test_private_names_stay_in_their_module():

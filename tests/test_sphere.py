@@ -283,6 +283,8 @@ def test_leading_dimensions_broadcast(device):
     x = random_uniform(4, batch_shape=(2, 1), device=device)
     y = random_uniform(4, batch_shape=(3,), device=device)
     assert all(result.shape[:-1] == (2, 3) for result in every(x, y)[1:])
+    for result in every(x.expand(2, 3, 4), y)[1:] + every(y, x.expand(2, 3, 4))[1:]:
+        assert result.shape[:2] == (2, 3)
     one = every(x[1, 0], y[2])
     for all_, single in zip(every(x.expand(2, 3, 4), y.expand(2, 3, 4)), one, strict=True):
         torch.testing.assert_close(all_[1, 2], single)

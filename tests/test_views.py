@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from care_loss import CAREloss
+from care_loss._view_checks import views_differ
 from care_loss.functional import equivariance_loss
 from care_loss.views import (
     SharedAugmentCollate,
@@ -430,8 +431,27 @@ def test_views_that_agree_are_refused(device):
     for batched in (True, False):
         with pytest.raises(ValueError, match="a new augmentation for each view"):
             assert_shared(lambda x: 2 * x, torch.rand(3, 8, 8, device=device), batched=batched)
+    with pytest.raises(ValueError, match="got 128 equal views"):
+        assert_shared(lambda x: 2 * x, torch.rand(3, 8, 8, device=device))
     with pytest.raises(ValueError, match="an image that it changes"):
         assert_shared(brightness, torch.zeros(3, 8, 8, device=device))
+
+
+def test_views_differ_by_more_than_a_part_of_their_range():
+    image = 255 * torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert not views_differ(image, image + 0.01)  # less than 1e-4 of 255
+    assert views_differ(image, image + 0.1)
+    assert views_differ(image, torch.full_like(image, torch.nan))
+    assert views_differ(image, image[:, :7])
+
+
+def test_assert_shared_compares_the_draws_of_two_images():
+    def transform(image):  # draws once for each row of an image
+        return image * torch.rand(image.shape[-2], 1)
+
+    with pytest.raises(ValueError, match="draw the same random numbers for all images of a chunk"):
+        assert_shared(transform, [torch.rand(3, 8, 8), torch.rand(3, 9, 8)], batched=False)
+    assert_shared(transform, [torch.rand(3, 8, 8), torch.rand(3, 8, 9)], batched=False)
 
 
 def test_assert_shared_leaves_the_image_as_it_was():
@@ -491,6 +511,14 @@ def test_a_transform_of_single_images_is_refused_at_its_first_use(transform, chu
     assert before[1] == random.getstate()
     made = augment_chunks(images, transform, chunks=chunks, check=False)
     assert made.view.shape == images.shape
+
+
+def test_a_constant_image_does_not_hide_that_others_differ():
+    images = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for value in (0, 0.5, 1):
+        images[::2] = value  # flips leave it as it is
+        with pytest.raises(ValueError, match="one augmentation for all images of a chunk"):
+            augment_chunks(images, flips, chunks=2)
 
 
 def test_a_shared_transform_is_checked_once_and_draws_as_without_the_check(device):
