@@ -491,9 +491,8 @@ def _gap_of_padded_chunks(z1: Tensor, z2: Tensor, chunks: int, scale: Scale) -> 
     # A row that does not exist is 0, and so are its products.
     taken = (z.index_select(-2, rows.flatten()).unflatten(-2, rows.shape) for z in (z1, z2))
     u, v = (_exact_unit_rows(z.masked_fill(~exist.unsqueeze(-1), 0)) for z in taken)
-    diagonal = rows.unsqueeze(-1) == rows.unsqueeze(
-        -2
-    )  # an eye would make exporters compare strides
+    # An eye would make exporters compare strides.
+    diagonal = rows.unsqueeze(-1) == rows.unsqueeze(-2)
     weight = pair_weight(lengths.to(u.dtype), scale).squeeze(-1)
     return (_squared_gap(u, v, diagonal).sum((-2, -1)) * weight).to(computed_in(z1))
 

@@ -4,7 +4,7 @@
     make mutants MODULE="rotation _polar"          # modules that have their tests in common
     make mutants MODULE=sphere ARGS="--only 3 17"  # the mutants of these numbers alone
 
-cosmic-ray makes the mutants, in a copy of the repository, and not in annotations and decorators.
+cosmic-ray makes the mutants, in a copy of the repository, and none in annotations.
 The tests run once with the code as it is; then each mutant meets the tests that run the statement
 it changes, the shortest first, up to a number of seconds in all (--seconds). One that no test
 notices is printed: it is equivalent to the code, or a test is missing.
@@ -12,6 +12,7 @@ notices is printed: it is equivalent to the code, or a test is missing.
 
 import argparse
 import ast
+import difflib
 import json
 import multiprocessing
 import os
@@ -38,10 +39,11 @@ from coverage import CoverageData
 
 ROOT = Path(__file__).parent.parent
 TESTS = {  # of modules, the tests that run in one process
-    "_chunks _numerics recipes functional modules "
+    "_numerics": "sphere inference_mode devices autograd transforms",
+    "_chunks recipes functional modules "
     "_autograd/gram_gap _autograd/info_nce _autograd/paths _autograd/queue _autograd/unit_rows": (
-        "chunks functional autograd theorems cross_fitted errors modules recipes "
-        "precision gradients"
+        "chunks functional autograd theorems cross_fitted errors mistakes modules recipes "
+        "precision gradients transforms"
     ),
     "_autograd/operators": "operators",
     "_polar _few_rows rotation": (
@@ -125,7 +127,7 @@ def passes(arguments, plugin, limit=None, silent=True) -> bool:
 
 
 def not_run(tree: ast.Module) -> Iterator[ast.expr]:
-    """Yield the annotations and decorators: no test calls what they say."""
+    """Yield the annotations, and what decorators say."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation:
             yield node.annotation
@@ -246,9 +248,9 @@ def main() -> None:
 
 
 def change(before: str, after: str) -> str:
-    """Return the lines that differ, with their number."""
-    pairs = enumerate(zip(before.splitlines(), after.splitlines(), strict=False), 1)
-    return "\n".join(f"{at}: - {old}\n{at}: + {new}" for at, (old, new) in pairs if old != new)
+    """Return the lines that differ, and where."""
+    texts = before.splitlines(), after.splitlines()
+    return "\n".join(list(difflib.unified_diff(*texts, lineterm="", n=0))[2:])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,19 @@ def assert_is_the_plain_composition(loss, *inputs):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13, equal_nan=True)
 
 
+@pytest.mark.parametrize(("n", "d"), [(2, 8), (3, 8), (16, 16), (16, 64)])
+def test_rows_coincide_above_a_mean_cosine_of_one_chunk(n, d):
+    simplex = torch.eye(n, d) - torch.eye(n, d).mean(0)
+    simplex = simplex / simplex.norm(dim=-1, keepdim=True)
+    rotation = torch.linalg.qr(torch.randn(d + 1, d + 1)).Q
+    for above in (-0.01, 0.01):
+        cosine = gram_gap.MAX_MEAN_COSINE + above
+        inner = (cosine * (n - 1) + 1) / n  # the squared length of the mean of n such rows
+        chunks = torch.cat((simplex, torch.zeros(n, 1)), -1).repeat(40, 1, 1)
+        chunks[7] = torch.cat(((1 - inner) ** 0.5 * simplex, torch.full((n, 1), inner**0.5)), -1)
+        assert gram_gap._nearly_coincide(chunks @ rotation) == (above > 0)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles with which few rows make many, and no matrix of all products."""
