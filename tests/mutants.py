@@ -42,7 +42,7 @@ TESTS = {  # of modules, the tests that run in one process
     "_numerics": "sphere inference_mode devices autograd transforms",
     "_chunks recipes functional modules "
     "_autograd/gram_gap _autograd/info_nce _autograd/paths _autograd/queue _autograd/unit_rows": (
-        "chunks functional autograd theorems cross_fitted errors mistakes modules recipes "
+        "chunks paths functional autograd theorems cross_fitted errors mistakes modules recipes "
         "precision gradients transforms"
     ),
     "_autograd/operators": "operators",
