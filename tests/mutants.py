@@ -53,7 +53,8 @@ TESTS = {  # of modules, the tests that run in one process
     "sphere": "sphere sphere_mean sphere_paths errors_geometry",
     "_characters _moments actions/_action actions/_circle actions/_fit actions/_highest "
     "actions/_so3 actions/_spherical": "actions actions_so3",
-    "_rng _report_checks metrics/_compare metrics/_frequencies metrics/_measures "
+    "_rng": "rng",
+    "_report_checks metrics/_compare metrics/_frequencies metrics/_measures "
     "metrics/_monitor metrics/_report metrics/_sampling metrics/_tables": (
         "metrics report report_errors report_sampling compare monitor watching actions theorems"
     ),

@@ -291,6 +291,7 @@ def test_embeddings_that_do_not_move_warn():
     pose = action.pose(z, z)
     assert pose.element.isnan().all()
     assert (pose.gap == 0).all()
+    assert action.pose(normal(3, 1, 4), normal(2, 4)).element.shape == (3, 2)
     close(action.canonical(z), z, 0)
     close(action.interpolate(z, z.flip(0), 0.5), z, 0)
 
@@ -299,7 +300,9 @@ def test_the_pose_is_nan_where_nothing_turns():
     action = CircleAction(torch.eye(5), [1, 1, 1])
     z = torch.eye(5)
     # z[0] is fixed; z[1] and z[3] have no frequency in common.
-    assert action.pose(z[:2], z[[0, 3]]).element.isnan().all()
+    nothing = action.pose(z[:2], z[[0, 3]])
+    assert nothing.element.isnan().all()
+    assert (nothing.gap == 0).all()
     assert action.pose(z[1], torch.zeros(5)).element.isnan()
     assert action.pose(z[1] * torch.nan, z[1]).element.isnan()
     assert action.pose(z[1], z[1]).element == 0
@@ -393,7 +396,8 @@ def test_a_sign_that_no_rotation_explains_is_an_error():
         ({"angles": uniform(1), "turned": 1}, r"shape \(T,\) with T >= 3, got \(1,\)"),
         ({"angles": uniform(5)}, r"`z_turned` must be .* \(5, 16, 4\), got"),
         ({"angles": uniform(6) * torch.nan}, "`angles` must be finite"),
-        ({"angles": uniform(6) / 1000}, "condition .*: spread them"),
+        ({"angles": uniform(6) / 1000}, "circle, or 4 random ones.* condition .*: spread them"),
+        ({"multiplicity": [2, 0, 0, 1]}, "at least 7 different angles .* or 12 random ones, got 6"),
         ({"rows": 7}, "at least 8 rows.*got 7: pass more samples"),
         ({"z": torch.nan}, "must be finite, got NaN"),
         ({"z": 0.0}, "other than 0"),
@@ -423,6 +427,8 @@ def test_bad_arguments_of_methods():
     z, g = torch.randn(4, 3), torch.zeros(4)
     with pytest.raises(ValueError, match=r"`z` must have shape \(\*, 3\), got \(4, 2\)"):
         action.apply(z[:, :2], g)
+    wide = CircleAction(torch.eye(300, 3), [1, 1])  # ints above 256 are equal, not the same
+    assert wide.apply(z @ torch.eye(3, 300), g).shape == (4, 300)
     with pytest.raises(TypeError, match="`g` must be a torch"):
         action.rotation(1.0)
     with pytest.raises(ValueError, match="leading dimensions that broadcast"):

@@ -51,6 +51,11 @@ BAD = {
         ValueError,
         r"got torch.float64 of shape \(20, 4, 1, 1\) on cpu for the clean images: use .flatten",
     ),
+    "embeddings without dimensions": (
+        {"encoder": lambda x: x[:, :0]},
+        ValueError,
+        r"to embeddings \(20, D\), .* got torch.float64 of shape \(20, 0\) on cpu",
+    ),
     "NaN embeddings": (
         {"encoder": lambda x: x / 0},
         ValueError,
@@ -89,6 +94,16 @@ BAD = {
         ValueError,
         r"transformations\['t'\] must map a tensor of 32 images to a tensor of 32 images",
     ),
+    "more images": (
+        {"transformations": {"t": lambda x: torch.cat((x, x[:1]))}},
+        ValueError,
+        r"transformations\['t'\] must map a tensor of 32 images to a tensor of 32 images",
+    ),
+    "arrays of NumPy": (
+        {"transformations": {"t": lambda x: x.numpy()}},
+        ValueError,
+        r"transformations\['t'\] must map a tensor .* to a tensor of 32 images, got numpy.ndarray",
+    ),
     "a transform that converts": (
         {"transformations": {"t": lambda x: x.float()}},
         ValueError,
@@ -113,6 +128,10 @@ def test_bad_input_is_named_with_its_transformation(case):
     arguments = {"encoder": nn.Identity(), "images": IMAGES, "transformations": {"turn": turn}}
     with pytest.raises(kind, match=message):
         quiet(**(arguments | options))
+
+
+def test_four_images_are_enough_for_a_report():
+    assert "too few images" in str(quiet(nn.Identity(), points(4, 4), {"turn": turn}, samples=4))
 
 
 def test_a_loader_of_something_else_and_a_missing_row():
