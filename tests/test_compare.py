@@ -1,5 +1,6 @@
 """Comparing encoders: the same draws for all, differences with their errors, one conclusion."""
 
+import inspect
 import math
 
 import pytest
@@ -168,3 +169,10 @@ def test_without_a_control_there_is_no_comparison(encoders, baseline, error, sen
         compared(encoders, baseline)
     with pytest.raises(TypeError, match="baseline"):
         compare(ENCODERS, points(10, 4), {"turn": turn})
+
+
+def test_a_comparison_has_the_defaults_of_a_report():
+    ours, of_reports = (inspect.signature(f).parameters for f in (compare, equivariance_report))
+    for name in ("samples", "batch_size", "seed"):
+        assert ours[name].default == of_reports[name].default
+    assert (ours["samples"].default, ours["seed"].default) == (16, 0)

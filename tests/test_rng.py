@@ -40,7 +40,7 @@ def test_a_draw_changes_the_states_and_a_seed_repeats_it(draw):
 
 
 def test_what_is_kept_of_a_pair_belongs_to_the_state():
-    np.random.standard_normal()
+    DRAWS["numpy, one of a pair"]()
     with_one_left = _rng.states()
     name, keys, place, _, left = with_one_left[2]
     for other in ((name, keys, place, 0, 0.0), (name, keys, place, 1, left + 1)):
