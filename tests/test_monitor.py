@@ -1,7 +1,9 @@
 """The monitor: scalars on steps that are due, a training left as it was, warnings in words."""
 
+import math
 import random
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from reports import Noisy, points, turn
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from care_loss.metrics import EquivarianceMonitor, equivariance_report
+from care_loss.metrics import EquivarianceMonitor, _monitor, equivariance_report
 
 IMAGES = points(100, 4)
 
@@ -84,6 +86,35 @@ def test_a_fault_is_told_once_when_it_was_seen_four_times(encoder, sentence):
     ((step, message),) = warned_at(lambda step: encoder, 6)
     assert step == 3
     assert sentence in message
+
+
+@pytest.mark.parametrize(
+    ("verdict", "norm", "gap", "moved", "kind", "health"),
+    [
+        ("collapsed", 0.0, math.nan, math.nan, "collapse", [1.0]),
+        ("not equivariant", 0.98, 0.3, 1.0, "collapse", [0.02]),
+        ("invariant", 0.1, 1.0, 0.01, "ignored turn", [0.01]),
+        ("not equivariant", 0.1, 0.8, 0.4, "ignored turn", [0.4]),
+        ("not equivariant", 0.2, 1.25, 0.9, "unshared turn", [0.8, 0.8]),
+        ("partly equivariant", 0.2, 0.5, 0.4, None, None),
+    ],
+)
+def test_a_fault_passes_where_its_figure_grows(verdict, norm, gap, moved, kind, health):
+    figures = {"mean_norm": norm, "gap_ratio": gap, "displacement": moved}
+    figures = {name: SimpleNamespace(mean=value) for name, value in figures.items()}
+    row = SimpleNamespace(transformation="turn", verdict=verdict, figures=figures)
+    found = [(fault.kind, list(fault.health)) for fault in _monitor._faults(row)]
+    assert found == ([(kind, pytest.approx(health))] if kind else [])
+
+
+def test_a_warning_names_the_line_of_the_training():
+    monitor = EquivarianceMonitor(IMAGES, {"turn": turn})
+    with pytest.warns(UserWarning, match="collapse") as seen:
+        for step in range(4):
+            monitor(lambda x: 0 * x, step)
+    assert seen[0].filename == __file__
+    with pytest.raises(TypeError, match="positional"):
+        EquivarianceMonitor(IMAGES, {"turn": turn}, 10)
 
 
 def test_what_is_seen_now_and_then_is_not_told():

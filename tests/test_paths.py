@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from care_loss._autograd import paths
+from care_loss._numerics import exact, normal
 from care_loss.functional import info_nce_loss
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -82,6 +84,14 @@ def test_products_are_rounded_where_pytorch_was_permitted_to(precision):
         assert paths.products_are_rounded() == (precision != "highest")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu"])
+def test_exact_is_float64_but_on_the_gpus_that_have_none(device):
+    with FakeTensorMode():
+        expected = torch.float32 if device == "mps" else torch.float64
+        assert exact(torch.empty(2, device=device)).dtype == expected
+        assert normal((3,), None, device).dtype == expected
 
 
 def test_a_gradient_is_needed_where_autograd_records_one():
