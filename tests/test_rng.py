@@ -43,7 +43,11 @@ def test_what_is_kept_of_a_pair_belongs_to_the_state():
     DRAWS["numpy, one of a pair"]()
     with_one_left = _rng.states()
     name, keys, place, _, left = with_one_left[2]
-    for other in ((name, keys, place, 0, 0.0), (name, keys, place, 1, left + 1)):
+    for other in (
+        (name, keys, place, 0, 0.0),
+        (name, keys, place, 1, left + 1),
+        (name, keys[::-1].copy(), place, 1, left),
+    ):
         assert not _rng.same_states(with_one_left, (*with_one_left[:2], other, None))
 
 
