@@ -7,11 +7,13 @@
 cosmic-ray makes the mutants, in a copy of the repository, and none in annotations.
 The tests run once with the code as it is; then each mutant meets the tests that run the statement
 it changes, the shortest first, up to a number of seconds in all (--seconds). One that no test
-notices is printed: it is equivalent to the code, or a test is missing.
+notices is printed: a test is missing, or it is equivalent to the code, and belongs into
+equivalent_mutants.csv.
 """
 
 import argparse
 import ast
+import csv
 import difflib
 import json
 import multiprocessing
@@ -63,6 +65,8 @@ TESTS = {  # of modules, the tests that run in one process
     ),
     "distributed": "distributed distributed_errors distributed_torch",
 }
+# Of those drawn by default, which change nothing that a test could see, and why.
+EQUIVALENT = ROOT / "tests" / "equivalent_mutants.csv"
 ELSEWHERE = "_autograd/operators", "distributed"  # run by compilers and in other processes
 MEMORY = 16 * 2**30  # bytes of addresses that the tests of a mutant may take
 FORK = multiprocessing.get_context("fork")
@@ -202,7 +206,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="+", choices=modules, metavar="MODULE")
     parser.add_argument("--count", type=int, default=40, help="how many mutants are drawn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=15, help="of tests, for each mutant")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests, for each mutant")
     parser.add_argument("--only", type=int, nargs="+", help="the numbers of those to be run")
     options = parser.parse_args()
     names = [
@@ -223,35 +227,47 @@ def main() -> None:
             parser.error("the tests fail without a mutant: mend them first")
         seconds = json.loads(Path("seconds.json").read_text())
         for module in options.modules:
-            lines = Lines(module, seconds)
-            mutations = drawn(module, options.count, options.seed)
-            numbers = options.only or range(1, len(mutations) + 1)
-            survivors = 0
-            for number in numbers:
-                mutation = mutations[number - 1]
-                chosen = lines.tests(mutation.start_pos[0], options.seconds)
-                operator = get_operator(mutation.operator_name)(**mutation.operator_args)
-                path = Path("care_loss", f"{module}.py")
-                for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
-                    compiled.unlink()
-                before = path.read_text()
-                with use_mutation(path, operator, mutation.occurrence):
-                    after = path.read_text()
-                    arguments = [*dict.fromkeys(one.split("::")[0] for one in chosen), "-x"]
-                    survives = passes(arguments, Chosen(chosen), 60 + 3 * options.seconds)
-                print(f"\r{number} of {len(mutations)} ", end="", flush=True, file=sys.stderr)
-                if survives:
-                    survivors += 1
-                    print(f"\n{module}, number {number}, after {len(chosen)} tests:")
-                    print(change(before, after), flush=True)
-            killed = len(numbers) - survivors
-            print(f"{module}: {killed} of {len(numbers)} killed, seed {options.seed}", flush=True)
+            try_mutants(module, options, seconds)
 
 
-def change(before: str, after: str) -> str:
-    """Return the lines that differ, and where."""
-    texts = before.splitlines(), after.splitlines()
-    return "\n".join(list(difflib.unified_diff(*texts, lineterm="", n=0))[2:])
+def try_mutants(module: str, options: argparse.Namespace, seconds: dict[str, float]) -> None:
+    """Run the tests of each mutant of a module, and print those that no test noticed."""
+    path = Path("care_loss", f"{module}.py")
+    lines, mutations = Lines(module, seconds), drawn(module, options.count, options.seed)
+    with EQUIVALENT.open(newline="") as file:
+        known = {
+            (row["old"], row["new"]) for row in csv.DictReader(file) if row["module"] == module
+        }
+    numbers = options.only or range(1, len(mutations) + 1)
+    equivalent = left = 0
+    for number in numbers:
+        mutation = mutations[number - 1]
+        chosen = lines.tests(mutation.start_pos[0], options.seconds)
+        operator = get_operator(mutation.operator_name)(**mutation.operator_args)
+        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+            compiled.unlink()
+        before = path.read_text()
+        with use_mutation(path, operator, mutation.occurrence):
+            diff = list(
+                difflib.unified_diff(before.splitlines(), path.read_text().splitlines(), n=0)
+            )
+            old, new = ("\n".join(x[1:].strip() for x in diff[3:] if x[0] == sign) for sign in "-+")
+            if (old, new) in known:
+                equivalent += 1
+                continue
+            files = dict.fromkeys(one.split("::")[0] for one in chosen)
+            survives = passes([*files, "-x"], Chosen(chosen), 60 + 3 * options.seconds)
+        print(f"\r{number} of {len(mutations)} ", end="", flush=True, file=sys.stderr)
+        if survives:
+            left += 1
+            print(f"\n{module}, number {number}, after {len(chosen)} tests:")
+            print(*diff[2:], sep="\n", flush=True)
+    killed = len(numbers) - left - equivalent
+    print(
+        f"\n{module}: {killed} of {len(numbers)} killed, {equivalent} known to be equivalent, "
+        f"{left} left, seed {options.seed}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

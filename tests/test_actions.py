@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rotations import slope_of_other_bases
 from strategies import orthogonal, seeds
 
+from care_loss import _moments
 from care_loss.actions import CircleAction, fit_circle
 from care_loss.rotation import fit_rotation
 
@@ -274,6 +275,31 @@ def test_the_share_of_the_subspace():
     turned = plant.apply(z, angles.unsqueeze(-1))
     assert_counts(fit_circle(z, turned, angles), [1, 1, 1])
     assert_counts(fit_circle(z, turned, angles, subspace=0.95), [1, 1])
+
+
+def test_weak_directions_above_rounding_are_kept_in_float32():
+    plant = planted([1, 1])
+    z = normal(64, 3) * torch.tensor([1e-4, 1, 1]) @ plant.basis.mT  # the fixed direction is weak
+    z = z / z.norm(dim=-1, keepdim=True)
+    angles = uniform(8)
+    turned = plant.apply(z, angles.unsqueeze(-1)).float()
+    assert_counts(fit_circle(z.float(), turned, angles), [1, 1])
+
+
+def test_fits_of_many_turns_have_one_gain_by_a_reflection_each():
+    scale = torch.tensor([3.0, 2.0, 1.5, 1.0], dtype=torch.float64)
+    rotation = orthogonal(4, 1)
+    rotation[:, 0] *= torch.linalg.det(rotation)
+    cross = (scale * rotation).expand(2, 5, 4, 4).clone()
+    found, gains = _moments.rotations_of(cross)
+    close(found, rotation.expand_as(found), 1e-12)
+    assert gains.equal(torch.zeros(2, 5, dtype=torch.float64))
+    cross[1, 2, :, 3] *= -1  # the best rotation loses twice the smallest singular value
+    found, gains = _moments.rotations_of(cross)
+    close(torch.linalg.det(found), torch.ones(2, 5, dtype=torch.float64), 1e-12)
+    expected = torch.zeros(2, 5, dtype=torch.float64)
+    expected[1, 2] = 2
+    close(gains, expected, 1e-12)
 
 
 def test_unrelated_embeddings_explain_nothing_and_warn():
