@@ -39,6 +39,20 @@ def test_an_equivariant_encoder_has_no_error_and_says_so(d):
     assert math.isnan(clean["cosine_spread"].mean) == (d != 2)
 
 
+def test_a_low_share_of_few_images_is_no_verdict():
+    figures = figures_with(gap_ratio=0.3, share_above_chance=0.2)
+    for n, word in ((15, "too few"), (16, "too few"), (31, "too few"), (32, "not equivariant")):
+        assert _report.verdict(figures, n, 8)[0].startswith(word)
+
+
+def test_angles_need_twice_as_many_images_as_dimensions():
+    for n, known in ((7, False), (8, True), (11, True)):
+        row = quiet(nn.Identity(), points(n, 4), {"turn": turn}, samples=4).row("turn")
+        assert row.angles.isnan().all() != known
+        told = f"{n} images are fewer than 4 D = 16: the rotation share is too low"
+        assert any(text.startswith(told) for text in row.warnings) == known
+
+
 def test_too_few_images_are_never_called_not_equivariant():
     for n, verdict in ((15, "too few images"), (16, "equivariant")):  # D = 8
         report = quiet(nn.Identity(), points(n, 8), {"turn": turn}, samples=4)
