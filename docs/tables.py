@@ -19,7 +19,8 @@ from care_loss._autograd.info_nce import MAX_SCORE
 from care_loss.metrics import _report
 
 DOCS = Path(__file__).parent
-BENCHMARKS = DOCS.parent / "benchmarks" / "results"
+ROOT = DOCS.parent
+BENCHMARKS = ROOT / "benchmarks" / "results"
 EXAMPLES = DOCS / "examples" / "results"
 SEEDS = range(3)
 WITH, WITHOUT = "SimCLR with the augmentation", "SimCLR without the augmentation"
@@ -769,7 +770,15 @@ MAX_PROBED_IMAGES = ("orientations", "similarities")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
+
+
+def mutants() -> Table:
+    header = ["module", "sampled", "killed", "equivalent"]
+    return [header, *([row[key] for key in header] for row in read(ROOT / "tests" / "mutants.csv"))]
+
+
 TABLES: dict[str, Callable[[], Table]] = {
+    "mutants": mutants,
     "verdict": verdicts,
     "paths": chosen_paths,
     "info-nce-times": partial(
@@ -939,7 +948,7 @@ def written(text: str) -> str:
 
 
 def main() -> None:
-    for page in sorted(DOCS.rglob("*.md")):
+    for page in (ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))):
         page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 

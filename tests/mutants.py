@@ -65,6 +65,8 @@ TESTS = {  # of modules, the tests that run in one process
     ),
     "distributed": "distributed distributed_errors distributed_torch",
 }
+COUNT, SEED = 40, 0
+RESULTS = ROOT / "tests" / "mutants.csv"  # of these; docs/tables.py makes a table of them
 # Of those drawn by default, which change nothing that a test could see, and why.
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.csv"
 ELSEWHERE = "_autograd/operators", "distributed"  # run by compilers and in other processes
@@ -204,8 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     modules = [module for group in TESTS for module in group.split()]
     parser.add_argument("modules", nargs="+", choices=modules, metavar="MODULE")
-    parser.add_argument("--count", type=int, default=40, help="how many mutants are drawn")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=COUNT, help="how many mutants are drawn")
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--seconds", type=float, default=60, help="of tests, for each mutant")
     parser.add_argument("--only", type=int, nargs="+", help="the numbers of those to be run")
     options = parser.parse_args()
@@ -263,11 +265,18 @@ def try_mutants(module: str, options: argparse.Namespace, seconds: dict[str, flo
             print(f"\n{module}, number {number}, after {len(chosen)} tests:")
             print(*diff[2:], sep="\n", flush=True)
     killed = len(numbers) - left - equivalent
-    print(
-        f"\n{module}: {killed} of {len(numbers)} killed, {equivalent} known to be equivalent, "
-        f"{left} left, seed {options.seed}",
-        flush=True,
-    )
+    print(f"\n{module}: {killed} killed, {equivalent} equivalent, {left} left", flush=True)
+    if (options.count, options.seed, options.only) == (COUNT, SEED, None):
+        record(module, (len(numbers), killed, equivalent))
+
+
+def record(module: str, counts: tuple[int, int, int]) -> None:
+    """Replace the row of a module in the committed results."""
+    with RESULTS.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    found = {row[0]: row for row in rows} | {module: [module, *map(str, counts)]}
+    with RESULTS.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *(found[name] for name in sorted(found))])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from rotations import slope_of_other_bases
 from strategies import orthogonal, seeds
 
 from care_loss import _moments
-from care_loss.actions import CircleAction, fit_circle
+from care_loss._polar import polar_by_products
+from care_loss.actions import CircleAction, _fit, fit_circle
 from care_loss.rotation import fit_rotation
 
 PI = math.pi
@@ -267,6 +268,24 @@ def test_the_ascent_does_not_lessen_the_fit():
     unit = [x / x.norm(dim=-1, keepdim=True) for x in (z1, z2)]
     free = fit_rotation(unit[0].expand_as(unit[1]), unit[1], special=True).rotation
     assert slope_of_other_bases(action.rotation(angles), free) < 1e-10
+
+
+def test_the_ascent_finds_the_fit_where_the_factor_of_the_gradient_does_not_exist(monkeypatch):
+    plant, angles = planted([1, 2, 1]), uniform(12)
+    z = rows(plant, 40)
+    turned = plant.apply(z, angles.unsqueeze(-1)) + 0.01 * normal(12, 40, 7, seed=3)
+    expected = fit_circle(z, turned, angles)
+    failed = []
+
+    def none_of_the_gradient(x, steps):
+        """Those of G + 2 B have singular values of at least 1, those of G of at most 1."""
+        failed.append(bool(torch.linalg.matrix_norm(x, 2) <= 1 + 1e-9))
+        return (x, False) if failed[-1] else polar_by_products(x, steps)
+
+    monkeypatch.setattr(_fit, "polar_by_products", none_of_the_gradient)
+    found = fit_circle(z, turned, angles)
+    assert sum(failed) > 2
+    close(found.rotation(angles), expected.rotation(angles), 1e-9)
 
 
 def test_the_share_of_the_subspace():

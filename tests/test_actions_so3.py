@@ -14,10 +14,10 @@ from strategies import orthogonal, seeds
 
 from care_loss._characters import nearest_counts
 from care_loss.actions import SO3Action, fit_so3
-from care_loss.actions._highest import matrix_of, quaternion_of
+from care_loss.actions._highest import matrix_of, quaternion_of, starts
 from care_loss.actions._so3 import _Rotations
 from care_loss.actions._spherical import couplings, wigner
-from care_loss.rotation import fit_rotation
+from care_loss.rotation import fit_rotation, random_orthogonal
 
 METHODS = ["rotation", "apply", "parts", "pose", "invariants", "canonical", "interpolate"]
 
@@ -578,12 +578,16 @@ def test_a_sign_that_no_rotation_explains_is_an_error():
     ("change", "message"),
     [
         ({"g": rotations(40)[0]}, r"`rotations` must have shape \(T, 3, 3\), got \(3, 3\)"),
+        ({"g": torch.eye(4).expand(40, 4, 4)}, r"shape \(T, 3, 3\), got \(40, 4, 4\)"),
         ({"g": rotations(30)}, r"`z_turned` must be .* \(30, 16, 4\), got"),
         ({"g": rotations(40) * torch.nan}, "`rotations` must be finite"),
         ({"g": -rotations(40)}, "determinant of -1: reflections do not act"),
         ({"g": 2 * rotations(40)}, r"rotations of space, got an entry .* of 3: pass nearest"),
         ({"g": rotations(1).expand(40, 3, 3)}, "condition .*: pass more, or spread them"),
-        ({"max_degree": 3}, "up to degree 3: at least 84 .*got 40.*: pass 44 more, or look for"),
+        (
+            {"max_degree": 3},
+            "up to degree 3: at least 84 .*, or 126 random ones, got 40.*: pass 44 more, or look for",
+        ),
         ({"max_degree": 0}, r"`max_degree` must be an int in \[1, 6\], got int 0"),
         ({"max_degree": 7}, r"`max_degree` must be an int in \[1, 6\]"),
         ({"rows": 7}, "at least 8 rows.*got 7: pass more samples"),
@@ -632,3 +636,22 @@ def test_bad_arguments_of_methods():
     with pytest.raises(ValueError, match="0 beyond degree 6"):
         SO3Action(torch.eye(15), [0] * 7 + [1])
     assert action.rotation(g * torch.nan).isnan().any()
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_the_starts_cover_all_rotations_evenly(degree):
+    found, near = starts(degree)
+    assert len(found) == 64 * degree**3
+    torch.testing.assert_close(found @ found.mT, torch.eye(3).expand_as(found), rtol=0, atol=1e-5)
+    # Each has the same share of the group: traces have the mean 0 and the variance 1.
+    traces = found.diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert abs(traces.mean()) < 0.02
+    assert abs(traces.square().mean() - 1) < 0.05
+    # A neighbour is among the nearest, and no rotation is far from all.
+    distance = (found.flatten(1) @ found.flatten(1).T).fill_diagonal_(-torch.inf)
+    nearest = distance.topk(near.shape[1], dim=1).indices
+    assert near.sort(1).values.equal(nearest.sort(1).values)
+    others = random_orthogonal(3, batch_shape=(1000,), special=True)
+    closest = (others.flatten(1) @ found.flatten(1).T).amax(1)
+    angle = torch.acos(((closest - 1) / 2).clamp(-1, 1))
+    assert angle.max() < 1.5 / degree
