@@ -41,7 +41,7 @@ from coverage import CoverageData
 
 ROOT = Path(__file__).parent.parent
 TESTS = {  # of modules, the tests that run in one process
-    "_numerics": "paths sphere inference_mode devices autograd transforms",
+    "_numerics": "paths sphere inference_mode devices autograd operators",
     "_chunks recipes functional modules "
     "_autograd/gram_gap _autograd/info_nce _autograd/paths _autograd/queue _autograd/unit_rows": (
         "chunks paths functional autograd theorems cross_fitted errors mistakes modules recipes "

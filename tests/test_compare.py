@@ -77,6 +77,8 @@ def test_the_table_has_a_line_for_each_encoder_and_fits():
     assert max(map(len, lines)) <= 88
     assert [line.split()[0] for line in lines if line.startswith(tuple(ENCODERS))] == [*ENCODERS]
     assert "over draws, not over trainings" in text
+    rows = [line.split() for line in lines if line.startswith(tuple(ENCODERS))]
+    assert {row[0]: row[2][:2] for row in rows} == {"ours": "-0", "placebo": "-0", "control": "ba"}
 
 
 def test_the_conclusion_names_order_and_figures(comparison):
@@ -87,6 +89,23 @@ def test_the_conclusion_names_order_and_figures(comparison):
     # The placebo is the stronger control here, though it is not the one that was named.
     assert "'placebo' is nearer to 'ours' than the baseline" in sentence
     assert "nearer" not in conclusion(compared(baseline="placebo"))
+
+
+@pytest.mark.parametrize("names", ["abc", "cba", "bac", "bca"])
+def test_the_stronger_control_is_named_whatever_the_names_are(names):
+    ours, placebo, control = names
+    encoders = {control: Noisy(0.5), ours: Noisy(0.1), placebo: Noisy(0.3)}
+    comparison = compared(encoders, baseline=control)
+    gap = comparison.reports[placebo].row("turn").figures["gap_ratio"].mean
+    told = f"'{placebo}' is nearer to '{ours}' than the baseline, with a gap ratio of {gap:.3f}"
+    assert told in conclusion(comparison)
+
+
+def test_an_encoder_that_is_no_evidence_does_not_silence_the_next():
+    encoders = {"first": length, "second": Noisy(0.1), "control": Noisy(0.5)}
+    sentence = conclusion(compared(encoders))
+    assert "'first' is no evidence" in sentence
+    assert "'second' (equivariant) is more equivariant than the baseline" in sentence
 
 
 def test_a_worse_encoder_and_an_equal_one_are_called_so():
