@@ -28,6 +28,7 @@ CALLS = {
     "queue, learned temperature": (operators._of_queue, (T, 0.0, QUEUE, True)),
     "chunks": (operators._gram_gap, (None, 2, "mean", True, True)),
     "each chunk": (operators._gram_gap, (None, 2, "authors", False, True)),
+    "more chunks than pairs": (operators._gram_gap, (None, 8, "mean", False, True)),
     "ids": (operators._gram_gap, (IDS, 0, "mean", True, True)),
 }
 

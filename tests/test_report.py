@@ -10,7 +10,7 @@ from reports import FLOAT64, Noisy, flip, plane_turn, points, quiet, turn
 from torch import nn
 
 from care_loss import _rng, metrics
-from care_loss.metrics import _report
+from care_loss.metrics import _report, _tables
 from care_loss.metrics._sampling import UNSHARED_DRAWS
 from care_loss.metrics._tables import Estimate
 from care_loss.sphere import normalize
@@ -51,6 +51,37 @@ def test_angles_need_twice_as_many_images_as_dimensions():
         assert row.angles.isnan().all() != known
         told = f"{n} images are fewer than 4 D = 16: the rotation share is too low"
         assert any(text.startswith(told) for text in row.warnings) == known
+
+
+def test_the_share_above_chance_is_a_share_of_what_chance_leaves():
+    for encoder in (Noisy(0.3), Noisy(0.6)):
+        figures = quiet(encoder, points(60, 4), {"turn": turn}, samples=6).row("turn").figures
+        share, above = figures["rotation_share"], figures["share_above_chance"]
+        left = 1 - share.shuffled
+        assert above.mean == pytest.approx((share.mean - share.shuffled) / left)
+        assert above.error == pytest.approx(share.error / left)
+
+
+def test_embeddings_without_a_direction_are_counted():
+    images = points(40, 4)
+
+    def encoder(x):
+        return x * (x[:, :1] > images[:3, 0].max() - 1e-9)
+
+    zeros = int((encoder(images) == 0).all(1).sum())
+    assert 0 < zeros < 40
+    row = quiet(encoder, images, {"turn": turn}, samples=4).row("turn")
+    assert f"{zeros} embeddings are 0, and have no direction." in row.warnings
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 8, 9, 30, 31])
+def test_spaced_rows_come_from_both_halves(n):
+    rows = _report._spaced(torch.arange(n).unsqueeze(-1), 4).flatten()
+    steps = set(rows.diff().tolist())
+    assert len(rows) <= 4
+    assert rows[0] == 0
+    assert len(steps) == 1
+    assert steps.pop() % 2 == 1  # so even and odd rows alternate
 
 
 def test_too_few_images_are_never_called_not_equivariant():
@@ -551,3 +582,35 @@ def test_draws_that_change_nothing_do_not_contradict_the_verdict():
     (warning,) = row.warnings
     assert "draws change no image, and are left out of the displacement" in warning
     assert set(row.figures) == set(report.row("turns", against="another draw").figures)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.000"),
+        (0.0049, "4.9e-03"),
+        (-0.0049, "-4.9e-03"),
+        (0.005, "0.005"),
+        (1.5, "1.500"),
+        (math.nan, ""),
+    ],
+)
+def test_small_numbers_keep_two_digits(value, text):
+    assert _tables._number(value) == text
+
+
+def test_a_long_label_gets_the_room_that_the_numbers_leave():
+    lines = _tables.text_table([["word " * 40, "x" * 20, "y" * 20]])
+    room = _tables.WIDTH - 2 * 20 - 2 * 2
+    assert all(room - len("word ") <= len(line) <= room for line in lines[:-1])
+    assert len(lines[-1]) == _tables.WIDTH
+
+
+def test_outputs_are_named_where_there_are_several():
+    one = quiet(nn.Identity(), points(15, 4), {"turn": turn}, samples=4)
+    two = quiet(lambda x: (x, x), points(15, 4), {"turn": turn}, samples=4)
+    for report, several in ((one, False), (two, True)):
+        assert any("output" in line for line in report.full().splitlines()) == several
+        notes = [line for line in report.full().splitlines() if "15 images are fewer" in line]
+        assert notes
+        assert all(line.startswith("turn, clean, ") == several for line in notes if "clean" in line)

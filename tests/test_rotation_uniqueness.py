@@ -348,3 +348,13 @@ def test_products_that_nearly_cancel_leave_no_direction(n, special, device):
         c[-1] = 1e-4 - c[:-1].sum()
         r = fit_rotation(c * u, u.expand(n, 5), special=special).rotation
         torch.testing.assert_close(r, torch.eye(5, dtype=u.dtype, device=device), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_few_rows_go_to_a_subspace_that_is_orthogonal_to_theirs(special):
+    identity = torch.eye(8, dtype=torch.float64)
+    x, y = identity[:3], identity[3:6]
+    fit = fit_rotation(x, y, special=special)
+    torch.testing.assert_close(x @ fit.rotation, y, rtol=0, atol=1e-14)
+    torch.testing.assert_close(fit.rotation @ fit.rotation.mT, identity, rtol=0, atol=1e-14)
+    torch.testing.assert_close(identity[6:] @ fit.rotation, identity[6:], rtol=0, atol=1e-14)
