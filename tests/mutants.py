@@ -145,7 +145,7 @@ def not_run(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def span(node: ast.expr) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+    return (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
 
 
 def drawn(module: str, count: int, seed: int) -> list:
