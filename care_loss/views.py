@@ -318,7 +318,7 @@ _CHECKED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # transforms, 
 def _check_once(transform: Callable[[Tensor], Tensor], images: Tensor, n: int) -> None:
     """Check, when a transform is first used, that it draws one augmentation for all `n` images."""
     owner, method = _identity(transform)
-    if method in _CHECKED.get(owner, ()):
+    if images.is_meta or method in _CHECKED.get(owner, ()):  # a meta tensor has no values
         return
     values = images.detach().flatten(1)
     image = images[(values.amax(-1) - values.amin(-1)).argmax()]  # a constant one may hide it

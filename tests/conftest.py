@@ -12,7 +12,8 @@ settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True
 settings.register_profile("deep", max_examples=1000, deadline=None)
 settings.load_profile("ci")
 
-collect_ignore = ["pretend.py"]  # it registers a device in the process that imports it
+# One registers a device in the process that imports it, the other needs cosmic-ray.
+collect_ignore = ["pretend.py", "mutants.py"]
 
 
 def pytest_addoption(parser):
