@@ -110,6 +110,11 @@ def filled(header: str, template: str, **numbers: object) -> Table:
     return [line.strip().split(" | ") for line in (header, *lines)]
 
 
+def mutants() -> Table:
+    header = ["module", "sampled", "killed", "equivalent"]
+    return [header, *([row[key] for key in header] for row in read(ROOT / "tests" / "mutants.csv"))]
+
+
 def verdicts() -> Table:
     (gap, share), (partly_gap, partly_share) = _report.EQUIVARIANT, _report.PARTLY
     return filled(
@@ -770,11 +775,6 @@ MAX_PROBED_IMAGES = ("orientations", "similarities")
 FREQUENCIES = {"multiplicities of the frequencies 0, 1, 2, ...": "multiplicities"}
 FREQUENCIES |= {"deviation (rad)": "deviation"}
 NEIGHBOURS = {"kNN, photograph": "kNN"}
-
-
-def mutants() -> Table:
-    header = ["module", "sampled", "killed", "equivalent"]
-    return [header, *([row[key] for key in header] for row in read(ROOT / "tests" / "mutants.csv"))]
 
 
 TABLES: dict[str, Callable[[], Table]] = {

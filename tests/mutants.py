@@ -250,9 +250,8 @@ def try_mutants(module: str, options: argparse.Namespace, seconds: dict[str, flo
             compiled.unlink()
         before = path.read_text()
         with use_mutation(path, operator, mutation.occurrence):
-            diff = list(
-                difflib.unified_diff(before.splitlines(), path.read_text().splitlines(), n=0)
-            )
+            texts = before.splitlines(), path.read_text().splitlines()
+            diff = list(difflib.unified_diff(*texts, lineterm="", n=0))
             old, new = ("\n".join(x[1:].strip() for x in diff[3:] if x[0] == sign) for sign in "-+")
             if (old, new) in known:
                 equivalent += 1

@@ -586,7 +586,8 @@ def test_a_sign_that_no_rotation_explains_is_an_error():
         ({"g": rotations(1).expand(40, 3, 3)}, "condition .*: pass more, or spread them"),
         (
             {"max_degree": 3},
-            "up to degree 3: at least 84 .*, or 126 random ones, got 40.*: pass 44 more, or",
+            "up to degree 3: at least 84 .*, or 126 random ones, got 40.*: "
+            "pass 44 more, or look for",
         ),
         ({"max_degree": 0}, r"`max_degree` must be an int in \[1, 6\], got int 0"),
         ({"max_degree": 7}, r"`max_degree` must be an int in \[1, 6\]"),

@@ -85,17 +85,17 @@ def test_bad_equivariant_pairs_are_called_by_their_names(pair):
 
 
 @pytest.mark.parametrize(
-    "module",
+    ("module", "name"),
     [
-        InfoNCELoss(),
-        EquivarianceLoss(2),
-        CAREloss(chunks=2, shared_views=True),
-        RotationContrastLoss(chunks=1),
+        (InfoNCELoss(), "z1"),
+        (EquivarianceLoss(2), "z1"),
+        (CAREloss(chunks=2, shared_views=True), "z1"),
+        (RotationContrastLoss(chunks=1), "z"),
     ],
 )
-def test_modules_take_one_row_a_sample(module):
+def test_modules_take_one_row_a_sample(module, name):
     maps = torch.randn(8, 4, 3, 3)  # a user has forgotten to pool them
-    sentence = " must have shape (N, D) with N >= 2 and D >= 1, got (8, 4, 3, 3)"
+    sentence = f"`{name}` must have shape (N, D) with N >= 2 and D >= 1, got (8, 4, 3, 3)"
     assert_refused(lambda: module(maps, maps), sentence)
     if isinstance(module, CAREloss):
         sentence = "`equivariant1` must have shape (N, D)"
