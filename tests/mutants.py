@@ -67,7 +67,7 @@ TESTS = {  # of modules, the tests that run in one process
 }
 COUNT, SEED = 40, 0
 RESULTS = ROOT / "tests" / "mutants.csv"  # of these; docs/tables.py makes a table of them
-# Of those drawn by default, which change nothing that a test could see, and why.
+# Those that change nothing that a test should see, and why.
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.csv"
 ELSEWHERE = "_autograd/operators", "distributed"  # run by compilers and in other processes
 MEMORY = 16 * 2**30  # bytes of addresses that the tests of a mutant may take

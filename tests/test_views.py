@@ -525,6 +525,20 @@ def test_images_without_values_are_not_checked():
         augment_chunks(torch.rand(32, 3, 4, 4), transform, chunks=2)  # it was not checked before
 
 
+def test_each_method_of_an_object_is_checked():
+    class Transforms:
+        def shared(self, images):
+            return brightness(images)
+
+        def for_each(self, images):
+            return noise(images)
+
+    images, transforms = torch.rand(32, 3, 4, 4), Transforms()
+    augment_chunks(images, transforms.shared, chunks=2)
+    with pytest.raises(ValueError, match="one augmentation for all images of a chunk"):
+        augment_chunks(images, transforms.for_each, chunks=2)
+
+
 def test_a_constant_image_does_not_hide_that_others_differ():
     images = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for value in (0, 0.5, 1):
